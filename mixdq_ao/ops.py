@@ -1,0 +1,381 @@
+"""The operators of mixdq_ao: schemas, fake implementations, and one implementation for any device.
+
+Schemas are defined here and not in C++, so that every operator exists, can be traced and runs on a CPU where the CUDA
+library is absent. The implementations below use ``torch._int_mm``, true int8 arithmetic with int32 accumulation, on
+any device that has it; the CUDA library replaces them for CUDA tensors where it could be loaded.
+
+Shapes: ``x`` is ``[..., in]`` for linear and ``[batch, in, height, width]`` for conv2d. ``qdata`` is a packed weight
+(see ``packing``), ``scale`` and ``alpha`` are float32 ``[groups, out]``, ``beta`` float32 ``[out]``, ``bias``
+``[out]`` of any floating dtype, ``weight_sum`` int32 ``[groups, out]``, ``act_scale`` and ``act_zero_point`` float32
+``[groups]``. Convolution outputs are channels-last.
+"""
+
+import glob
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixdq_ao.bits import act_width
+from mixdq_ao.packing import unpack
+
+# im2col copies at most this many bytes at a time (whole samples, at least one).
+_IM2COL_BYTES = 128 * 2**20
+
+_lib = torch.library.Library("mixdq_ao", "DEF")
+
+
+def _define(schema: str):
+    """Define an operator and register the decorated function for every backend."""
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(fn):
+        _lib.impl(name, fn, "CompositeExplicitAutograd")
+        return fn
+
+    return register
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"mixdq_ao::{name}", lib=_lib)
+
+
+# --- quantizers -------------------------------------------------------------------------------------------------------
+
+
+def per_channel(values: Tensor, input_groups: list[int]) -> Tensor:
+    """``[groups]`` to something that broadcasts over channels in the last dimension: 0-d, or ``[in]``."""
+    if len(input_groups) == 1:
+        return values[0]
+    return torch.cat([values[g].expand(c) for g, c in enumerate(input_groups)])
+
+
+def codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """``clamp(rint(x / scale + zero_point))`` in float32, unrounded to int8; a NaN becomes the zero point.
+
+    Plain aten arithmetic: Inductor fuses it with whatever produced ``x``.
+    """
+    w = act_width(bits)
+    # nan_to_num keeps +-inf out of harm's way too: they clamp to the ends of the range.
+    return torch.nan_to_num(x.float() / scale, nan=0.0).add_(zero_point).round_().clamp_(w.qmin, w.qmax)
+
+
+def quantize_traced(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, input_groups, pad=None) -> Tensor:
+    """The same as the operator ``quantize``, as aten arithmetic for tracing."""
+    scale, zero_point = per_channel(scale, input_groups), per_channel(zero_point, input_groups)
+    if pad is None:
+        return codes(x, scale, zero_point, bits).to(torch.int8).contiguous()
+    # A padded real zero has the code of the zero point, so padding first is exact.
+    q = codes(F.pad(x, pad) if any(pad) else x, _over_image(scale), _over_image(zero_point), bits)
+    return q.to(torch.int8).contiguous(memory_format=torch.channels_last)
+
+
+def _over_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
+
+
+# pad: None for channels in the last dimension; for an image [batch, in, height, width] left, right, top, bottom.
+@_define("quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor")
+def _quantize(x, scale, zero_point, bits, input_groups, pad):
+    if pad is None:
+        q = codes(x, per_channel(scale, input_groups), per_channel(zero_point, input_groups), bits)
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device).copy_(q)
+    s, z = (_over_image(per_channel(v, input_groups)) for v in (scale, zero_point))
+    out = _empty_image(_padded_shape(x, pad), torch.int8, x.device)
+    inside = out
+    if any(pad):
+        left, _, top, _ = pad
+        out.copy_(z)
+        inside = out[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    inside.copy_(codes(x, s, z, bits))
+    return out
+
+
+@_fake("quantize")
+def _(x, scale, zero_point, bits, input_groups, pad):
+    if pad is None:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return _empty_image(_padded_shape(x, pad), torch.int8, x.device)
+
+
+def _padded_shape(x: Tensor, pad) -> tuple:
+    left, right, top, bottom = pad
+    return x.shape[0], x.shape[1], x.shape[2] + top + bottom, x.shape[3] + left + right
+
+
+def _empty_image(shape, dtype, device) -> Tensor:
+    n, c, h, w = shape
+    return torch.empty((n, h, w, c), dtype=dtype, device=device).permute(0, 3, 1, 2)
+
+
+def dynamic_range(x: Tensor, bits: int, dims) -> tuple[Tensor, Tensor]:
+    """Scale and signed zero point (float32, ``dims`` kept as 1) of the range of ``x``, which always includes 0.
+
+    ``scale = (max - min) / (2^bits - 1)``, and 1 where the range is empty; ``zero_point = rint(-min / scale) -
+    2^(bits-1)``.
+    """
+    w = act_width(bits)
+    x = torch.nan_to_num(x.float(), nan=0.0)
+    low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+    # Divided one by one, since max - min may overflow where the ends do not.
+    span = high / (w.qmax - w.qmin) - low / (w.qmax - w.qmin)
+    scale = torch.where(span > 0, span, 1.0)
+    return scale, (torch.round(-low / scale) + w.qmin).clamp(w.qmin, w.qmax)
+
+
+def quantize_per_token_traced(x: Tensor, bits: int, input_groups) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as the operator ``quantize_per_token``, as aten arithmetic for tracing."""
+    parts = x.split(input_groups, dim=-1)
+    ranges = [dynamic_range(p, bits, -1) for p in parts]
+    xq = [codes(p, s, z, bits).to(torch.int8) for p, (s, z) in zip(parts, ranges, strict=True)]
+    scale, zero_point = (torch.cat(v, dim=-1) for v in zip(*ranges, strict=True))
+    return torch.cat(xq, dim=-1) if len(xq) > 1 else xq[0].contiguous(), scale, zero_point
+
+
+@_define("quantize_per_token(Tensor x, int bits, int[] input_groups) -> (Tensor, Tensor, Tensor)")
+def _quantize_per_token(x, bits, input_groups):
+    return quantize_per_token_traced(x, bits, input_groups)
+
+
+@_fake("quantize_per_token")
+def _(x, bits, input_groups):
+    scale = torch.empty((*x.shape[:-1], len(input_groups)), dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale, torch.empty_like(scale)
+
+
+# --- int8 matrix products ---------------------------------------------------------------------------------------------
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a [m, k] @ b [n, k].T``, int8 in, exact int32 out."""
+    (m, k), n = a.shape, b.shape[0]
+    if m == 0 or n == 0 or k == 0:
+        return a.new_zeros((m, n), dtype=torch.int32)
+    if k == 1:  # torch._int_mm is wrong for it on a CPU (torch 2.13)
+        return a.int() * b.int().t()
+    a, b = a.contiguous(), b.contiguous()
+    if not a.is_cuda:
+        return torch._int_mm(a, b.t())
+    _warn_no_library()
+    # cuBLAS wants more than 16 rows and multiples of 8 elsewhere; zeros change nothing.
+    a = F.pad(a, (0, -k % 8, 0, max(0, 17 - m)))
+    b = F.pad(b, (0, -k % 8, 0, -n % 8))
+    return torch._int_mm(a, b.t())[:m, :n]
+
+
+def _split(x: Tensor, input_groups, dim: int):
+    return x.split(list(input_groups), dim=dim)
+
+
+def _linear_accumulators(xq: Tensor, qdata: Tensor, bits: int, input_groups):
+    """One int32 ``[rows, out]`` for each input group."""
+    wq = unpack(qdata, bits, input_groups)
+    rows = xq.reshape(-1, xq.shape[-1])
+    for x, w in zip(_split(rows, input_groups, 1), _split(wq, input_groups, 1), strict=True):
+        yield int_matmul(x, w)
+
+
+def _epilogue(accumulators, alpha: Tensor, beta: Tensor, bias: Tensor | None, out_dtype) -> Tensor:
+    """``sum_g acc_g * alpha_g + (beta + bias)`` in float32, one rounding to ``out_dtype``."""
+    y = None
+    for acc, a in zip(accumulators, alpha, strict=True):
+        term = acc.to(torch.float32).mul_(a)
+        y = term if y is None else y.add_(term)
+    return y.add_(beta if bias is None else beta + bias.float()).to(out_dtype)
+
+
+@_define(
+    "linear_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, int bits, int[] input_groups, "
+    "ScalarType out_dtype) -> Tensor"
+)
+def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
+    y = _epilogue(_linear_accumulators(xq, qdata, bits, input_groups), alpha, beta, bias, out_dtype)
+    return y.view(*xq.shape[:-1], qdata.shape[0])
+
+
+@_fake("linear_int8")
+def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
+    return xq.new_empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype)
+
+
+@_define(
+    "linear_int8_dynamic(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor qdata, Tensor scale, "
+    "Tensor weight_sum, Tensor? bias, int bits, int[] input_groups, ScalarType out_dtype) -> Tensor"
+)
+def _linear_int8_dynamic(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bias, bits, input_groups, out_dtype):
+    rows_scale, rows_zero = (v.reshape(-1, len(input_groups)) for v in (x_scale, x_zero_point.int()))
+    y = None
+    for g, acc in enumerate(_linear_accumulators(xq, qdata, bits, input_groups)):
+        acc = acc - rows_zero[:, g : g + 1] * weight_sum[g]
+        term = acc.to(torch.float32).mul_(rows_scale[:, g : g + 1]).mul_(scale[g])
+        y = term if y is None else y.add_(term)
+    if bias is not None:
+        y.add_(bias.float())
+    return y.to(out_dtype).view(*xq.shape[:-1], qdata.shape[0])
+
+
+@_fake("linear_int8_dynamic")
+def _(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bias, bits, input_groups, out_dtype):
+    return xq.new_empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype)
+
+
+def _conv_output_shape(xq: Tensor, qdata: Tensor, stride, padding, dilation) -> tuple:
+    sizes = [
+        (xq.shape[2 + i] + 2 * padding[i] - dilation[i] * (qdata.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return xq.shape[0], qdata.shape[0], *sizes
+
+
+def _im2col(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
+    """``x [batch, channels, h, w]`` to rows ``[batch * p * q, r * s * channels]``; a view where that is possible."""
+    n, h, w, c = (x.stride(i) for i in (0, 2, 3, 1))
+    shape = (x.shape[0], *out_size, *kernel, x.shape[1])
+    windows = x.as_strided(shape, (n, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
+    return windows.reshape(-1, kernel[0] * kernel[1] * x.shape[1])
+
+
+def _conv_accumulators(xq, wq, input_groups, out_size, stride, dilation):
+    """One int32 ``[batch * p * q, out]`` for each input group."""
+    kernel = wq.shape[2:]
+    for x, w in zip(_split(xq, input_groups, 1), _split(wq, input_groups, 1), strict=True):
+        yield int_matmul(_im2col(x, kernel, out_size, stride, dilation), w.permute(0, 2, 3, 1).flatten(1))
+
+
+@_define(
+    "conv2d_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, int bits, int[] input_groups, ScalarType out_dtype) -> Tensor"
+)
+def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype):
+    """Padding adds the code 0; an input with another zero point comes padded from ``quantize``."""
+    shape = _conv_output_shape(xq, qdata, stride, padding, dilation)
+    if any(padding):
+        xq = F.pad(xq, (padding[1], padding[1], padding[0], padding[0]))
+    wq = unpack(qdata, bits, input_groups)
+    sample_bytes = shape[2] * shape[3] * wq[0].numel()
+    chunk = max(1, _IM2COL_BYTES // max(1, sample_bytes))
+    rows = []
+    for x in xq.split(chunk):
+        accumulators = _conv_accumulators(x, wq, input_groups, shape[2:], stride, dilation)
+        rows.append(_epilogue(accumulators, alpha, beta, bias, out_dtype))
+    y = torch.cat(rows) if len(rows) > 1 else rows[0]
+    return y.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+
+@_fake("conv2d_int8")
+def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype):
+    return _empty_image(_conv_output_shape(xq, qdata, stride, padding, dilation), out_dtype, xq.device)
+
+
+# --- quantize and multiply in one call, for eager ---------------------------------------------------------------------
+
+
+@_define(
+    "quantized_linear(Tensor x, Tensor act_scale, Tensor act_zero_point, int act_bits, Tensor qdata, Tensor alpha, "
+    "Tensor beta, Tensor? bias, int bits, int[] input_groups) -> Tensor"
+)
+def _quantized_linear(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups):
+    xq = _quantize(x, act_scale, act_zero_point, act_bits, input_groups, None)
+    return _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, x.dtype)
+
+
+@_fake("quantized_linear")
+def _(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups):
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+@_define(
+    "quantized_conv2d(Tensor x, Tensor act_scale, Tensor act_zero_point, int act_bits, Tensor qdata, Tensor alpha, "
+    "Tensor beta, Tensor? bias, SymInt[2] stride, SymInt[] pad, SymInt[2] dilation, int bits, int[] input_groups) "
+    "-> Tensor"
+)
+def _quantized_conv2d(
+    x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, stride, pad, dilation, bits, input_groups
+):
+    """``pad`` is left, right, top, bottom, with real zeros."""
+    xq = _quantize(x, act_scale, act_zero_point, act_bits, input_groups, pad)
+    return _conv2d_int8(xq, qdata, alpha, beta, bias, stride, (0, 0), dilation, bits, input_groups, x.dtype)
+
+
+@_fake("quantized_conv2d")
+def _(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, stride, pad, dilation, bits, input_groups):
+    padded = x.new_empty(_padded_shape(x, pad))
+    return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
+
+
+# --- weight-only ------------------------------------------------------------------------------------------------------
+
+
+def dequantize(qdata: Tensor, scale: Tensor, bits: int, input_groups, dtype: torch.dtype) -> Tensor:
+    """The floating weight ``[out, in, ...]``: codes times scale in float32, one rounding to ``dtype``."""
+    parts = _split(unpack(qdata, bits, input_groups), input_groups, 1)
+    ones = (1,) * (qdata.dim() - 1)
+    parts = [p.float().mul_(s.view(-1, *ones)).to(dtype) for p, s in zip(parts, scale, strict=True)]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+@_define(
+    "linear_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int[] input_groups) -> Tensor"
+)
+def _linear_weight_only(x, qdata, scale, bias, bits, input_groups):
+    weight = dequantize(qdata, scale, bits, input_groups, x.dtype)
+    # As rows and contiguous, so that the output's strides do not depend on the input's.
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    return y.contiguous().view(*x.shape[:-1], qdata.shape[0])
+
+
+@_fake("linear_weight_only")
+def _(x, qdata, scale, bias, bits, input_groups):
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+@_define(
+    "conv2d_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt[2] stride, SymInt[] pad, "
+    "SymInt[2] dilation, int bits, int[] input_groups) -> Tensor"
+)
+def _conv2d_weight_only(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
+    weight = dequantize(qdata, scale, bits, input_groups, x.dtype)
+    x = F.pad(x, pad) if any(pad) else x
+    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, 0, dilation)
+    return _empty_image(y.shape, y.dtype, y.device).copy_(y)
+
+
+@_fake("conv2d_weight_only")
+def _(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
+    padded = x.new_empty(_padded_shape(x, pad))
+    return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
+
+
+# --- the CUDA library -------------------------------------------------------------------------------------------------
+
+
+def _load_cuda_library() -> str:
+    """Load the compiled kernels if they are there; returns why not, or an empty string."""
+    found = sorted(glob.glob(os.path.join(os.path.dirname(__file__), "_cuda*.so")))
+    if not found:
+        return "this installation was built without CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{os.path.basename(found[0])} could not be loaded: {error}"
+    return ""
+
+
+# Empty where the CUDA kernels are in use; else the reason why torch's own operations run in their place.
+cuda_library_missing = _load_cuda_library()
+_warned = False
+
+
+def _warn_no_library() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"mixdq_ao runs on torch's own operations, which are correct but slow: {cuda_library_missing}. "
+            "'mixdq-ao doctor' tells more.",
+            stacklevel=2,
+        )

@@ -1,0 +1,625 @@
+"""MixDQTensor: the quantized weight of a linear or 2-D convolution layer, of any width.
+
+Everything that a layer needs to compute lives on the weight, in tensors; attributes are few and equal for equal
+layers, because they are guards under ``torch.compile``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from mixdq_ao import ops
+from mixdq_ao.bits import act_width, width
+from mixdq_ao.errors import MixDQError, UnsupportedError
+from mixdq_ao.packing import pack, packed_channels, unpack
+
+# A sum of this many products of two int8 codes, minus the zero point's share, fits int32.
+MAX_REDUCTION = 2**16
+
+# How near the first token must be to bos_input, relative to the largest |bos_input|: text encoders in fp16 and bf16
+# round differently from run to run, while another token or a zeroed prompt is far away.
+BOS_TOLERANCE = 2**-6
+
+_DERIVED = ("alpha", "beta", "weight_sum")
+
+
+class MixDQTensor(TorchAOBaseTensor):
+    """A weight ``[out, in]`` or ``[out, in, r, s]`` stored in 8, 4 or 2 bits, one scale per output channel and group.
+
+    Make one with :meth:`from_float` or :meth:`from_codes`.
+
+    Tensor attributes:
+        qdata: int8 ``[out, in, ...]``, or packed uint8 below 8 bits (see ``packing``); channels-last for convolutions
+        scale: float32 ``[groups, out]``
+        act_scale: float32 ``[groups]``, static activation quantization; None otherwise
+        act_zero_point: float32 ``[groups]``, integer-valued, in the signed range; None without ``act_scale``
+        alpha: float32 ``[groups, out]`` = ``act_scale * scale``; static only, derived
+        beta: float32 ``[out]`` = ``-sum_g alpha * act_zero_point * weight_sum``; static only, derived
+        weight_sum: int32 ``[groups, out]``, sum of the codes; dynamic only, derived
+        bos_input: ``[in]``, the token whose output is known; optional
+        bos_output: ``[out]``, that output; optional
+
+    Non-tensor attributes:
+        bits: width of the weight: 8, 4 or 2
+        act_bits: width of the activations: 8 or 4; None means weight-only
+        input_groups: input channels of each group; they add up to ``in``
+        shape: of the floating weight
+        dtype: of the floating weight; what ``dequantize`` returns
+
+    With ``q = clamp(rint(x / act_scale + act_zero_point))`` the layer computes, for group g and channels k of g,
+    ``y[n] = sum_g act_scale[g] * scale[g, n] * sum_k (q[k] - act_zero_point[g]) * W[n, k] + bias[n]``
+    with int32 accumulation, a float32 epilogue and one rounding to the dtype of ``x``.
+    """
+
+    tensor_data_names = ["qdata", "scale"]
+    tensor_attribute_names = ["bits", "act_bits", "input_groups", "shape", "dtype"]
+    optional_tensor_data_names = [
+        "act_scale",
+        "act_zero_point",
+        "alpha",
+        "beta",
+        "weight_sum",
+        "bos_input",
+        "bos_output",
+    ]
+
+    def __new__(
+        cls,
+        qdata,
+        scale=None,
+        bits=None,
+        act_bits=None,
+        input_groups=None,
+        shape=None,
+        dtype=None,
+        act_scale=None,
+        act_zero_point=None,
+        alpha=None,
+        beta=None,
+        weight_sum=None,
+        bos_input=None,
+        bos_output=None,
+        *,
+        requires_grad=False,
+    ):
+        # accelerate rebuilds parameters as param_cls(tensor, requires_grad=...).
+        if isinstance(qdata, MixDQTensor):
+            return qdata
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            torch.Size(shape),
+            strides=_logical_strides(qdata, shape),
+            dtype=dtype,
+            device=qdata.device,
+            requires_grad=False,
+        )
+
+    def __init__(
+        self,
+        qdata,
+        scale=None,
+        bits=None,
+        act_bits=None,
+        input_groups=None,
+        shape=None,
+        dtype=None,
+        act_scale=None,
+        act_zero_point=None,
+        alpha=None,
+        beta=None,
+        weight_sum=None,
+        bos_input=None,
+        bos_output=None,
+        *,
+        requires_grad=False,
+    ):
+        if isinstance(qdata, MixDQTensor):
+            return
+        super().__init__()
+        self.qdata = qdata
+        self.scale = scale
+        self.bits = bits
+        self.act_bits = act_bits
+        self.input_groups = list(input_groups)
+        self.act_scale = act_scale
+        self.act_zero_point = act_zero_point
+        self.alpha = alpha
+        self.beta = beta
+        self.weight_sum = weight_sum
+        self.bos_input = bos_input
+        self.bos_output = bos_output
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        bits: int = 8,
+        *,
+        scale: Tensor | None = None,
+        input_groups: list[int] | None = None,
+        act_bits: int | None = None,
+        act_scale: Tensor | float | None = None,
+        act_zero_point: Tensor | float | None = None,
+        bos_input: Tensor | None = None,
+        bos_output: Tensor | None = None,
+    ) -> "MixDQTensor":
+        """Quantize a floating weight ``[out, in]`` or ``[out, in, r, s]``.
+
+        Weights are symmetric: ``code = clamp(rint(weight / scale))``. Without ``scale`` (float32 ``[groups, out]`` or
+        ``[out]``) it is ``max|weight| / qmax`` of each output channel and group, and 1 for a channel of zeros.
+        Activations: static with ``act_scale`` (8 bits unless ``act_bits`` says 4), dynamic with ``act_bits`` alone,
+        weight-only with neither. Raises ``MixDQError`` for arguments that do not fit together.
+        """
+        if weight.dim() not in (2, 4) or not weight.is_floating_point():
+            raise UnsupportedError(
+                f"MixDQTensor holds floating weights of linear [out, in] or conv2d [out, in, r, s] layers; "
+                f"found {weight.dtype} {list(weight.shape)}"
+            )
+        w = width(bits)
+        input_groups = _checked_groups(input_groups, weight.shape)
+        parts = weight.detach().float().split(input_groups, dim=1)
+        dims = tuple(range(1, weight.dim()))
+        if scale is None:
+            high = torch.stack([p.abs().amax(dims) for p in parts])
+            scale = torch.where(high > 0, high / w.qmax, 1.0)
+        scale = scale.to(weight.device, torch.float32).reshape(len(parts), -1)
+        if scale.shape[1] != weight.shape[0]:
+            raise MixDQError(
+                f"scale must be [groups, out] = [{len(parts)}, {weight.shape[0]}]; found {list(scale.shape)}"
+            )
+        ones = (1,) * len(dims)
+        codes = [
+            (p / s.view(-1, *ones)).round_().clamp_(w.qmin, w.qmax).to(torch.int8)
+            for p, s in zip(parts, scale, strict=True)
+        ]
+        return cls.from_codes(
+            pack(torch.cat(codes, dim=1), bits, input_groups),
+            scale,
+            bits=bits,
+            shape=weight.shape,
+            dtype=weight.dtype,
+            input_groups=input_groups,
+            act_bits=act_bits,
+            act_scale=act_scale,
+            act_zero_point=act_zero_point,
+            bos_input=bos_input,
+            bos_output=bos_output,
+        )
+
+    @classmethod
+    def from_codes(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        *,
+        bits: int,
+        shape,
+        dtype: torch.dtype,
+        input_groups: list[int] | None = None,
+        act_bits: int | None = None,
+        act_scale: Tensor | float | None = None,
+        act_zero_point: Tensor | float | None = None,
+        bos_input: Tensor | None = None,
+        bos_output: Tensor | None = None,
+    ) -> "MixDQTensor":
+        """Build from codes in their stored form. Derived tensors are computed here; see the class for the shapes."""
+        input_groups = _checked_groups(input_groups, shape)
+        w = width(bits)
+        stored = (shape[0], packed_channels(bits, input_groups), *shape[2:])
+        if tuple(qdata.shape) != stored or qdata.dtype != getattr(torch, w.storage):
+            raise MixDQError(
+                f"codes of {bits} bits for a weight {list(shape)} must be {w.storage} {list(stored)}; "
+                f"found {qdata.dtype} {list(qdata.shape)}"
+            )
+        reduction = max(input_groups) * int(torch.Size(shape[2:]).numel())
+        if reduction > MAX_REDUCTION:
+            raise UnsupportedError(
+                f"int32 accumulators hold sums of at most {MAX_REDUCTION} products; this weight {list(shape)} sums "
+                f"{reduction}. Leave the layer floating (protect=)"
+            )
+        if qdata.dim() == 4:
+            qdata = qdata.contiguous(memory_format=torch.channels_last)
+        if act_scale is not None:
+            act_bits = 8 if act_bits is None else act_bits
+        if act_bits is not None:
+            act_width(act_bits)
+        act_scale, act_zero_point = _checked_act(act_scale, act_zero_point, act_bits, len(input_groups), qdata.device)
+        derived = _derive(qdata, scale, bits, act_bits, input_groups, act_scale, act_zero_point)
+        return cls(
+            qdata,
+            scale,
+            bits,
+            act_bits,
+            input_groups,
+            torch.Size(shape),
+            dtype,
+            act_scale,
+            act_zero_point,
+            **derived,
+            bos_input=_checked_bos(bos_input, "bos_input", shape[1], bos_output, qdata.device),
+            bos_output=_checked_bos(bos_output, "bos_output", shape[0], bos_output, qdata.device),
+        )
+
+    def int_repr(self) -> Tensor:
+        """The int8 codes in the weight's logical shape."""
+        return unpack(self.qdata, self.bits, self.input_groups)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The floating weight that the codes stand for."""
+        return ops.dequantize(self.qdata, self.scale, self.bits, self.input_groups, output_dtype or self.dtype)
+
+    @property
+    def activation(self) -> str:
+        """``"static"``, ``"dynamic"`` or ``"none"`` (weight-only)."""
+        if self.act_bits is None:
+            return "none"
+        return "dynamic" if self.act_scale is None else "static"
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The inner tensors that a file must hold, by name; derived ones are left out."""
+        return {name: getattr(self, name) for name in self.__tensor_flatten__()[0] if name not in _DERIVED}
+
+    def quantization_repr(self) -> str:
+        """A few words for ``extra_repr`` of a module."""
+        act = "weight-only" if self.act_bits is None else f"{self.activation} int{self.act_bits} activations"
+        groups = f", input groups {self.input_groups}" if len(self.input_groups) > 1 else ""
+        return f"int{self.bits} weight, {act}{groups}" + (", BOS" if self.bos_output is not None else "")
+
+    def __repr__(self):
+        return (
+            f"MixDQTensor(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"{self.quantization_repr()})"
+        )
+
+    def _layout(self) -> tuple:
+        """What two weights must share for one to be copied into the other."""
+        return self.shape, self.bits, self.act_bits, self.input_groups, self.__tensor_flatten__()[0]
+
+    def _with(self, fn, dtype: torch.dtype | None = None, qdata_fn=None) -> "MixDQTensor":
+        """A copy with ``fn`` applied to every inner tensor (``qdata_fn`` to the codes) and another logical dtype."""
+        tensors = {name: getattr(self, name) for name in self.tensor_data_names + self.optional_tensor_data_names}
+        tensors = {
+            name: None if t is None else (qdata_fn or fn)(t) if name == "qdata" else fn(t)
+            for name, t in tensors.items()
+        }
+        return type(self)(
+            **tensors,
+            bits=self.bits,
+            act_bits=self.act_bits,
+            input_groups=self.input_groups,
+            shape=self.shape,
+            dtype=dtype or self.dtype,
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs):
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is None:
+            raise UnsupportedError(
+                f"a quantized weight does not support {func}. Work on weight.dequantize(), or do it before quantize_()"
+            )
+        return handler(func, types, args, kwargs or {})
+
+
+torch.serialization.add_safe_globals([MixDQTensor])
+
+
+# --- construction -----------------------------------------------------------------------------------------------------
+
+
+def _logical_strides(qdata: Tensor, shape) -> tuple[int, ...]:
+    if len(shape) == 4 and qdata.is_contiguous(memory_format=torch.channels_last):
+        _, c, r, s = shape
+        return c * r * s, 1, s * c, c
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def _checked_groups(input_groups, shape) -> list[int]:
+    groups = [shape[1]] if input_groups is None else [int(c) for c in input_groups]
+    if sum(groups) != shape[1] or min(groups) < 1:
+        raise MixDQError(f"input_groups must be positive and add up to {shape[1]} input channels; found {groups}")
+    return groups
+
+
+def _checked_act(act_scale, act_zero_point, act_bits, groups: int, device):
+    if act_scale is None:
+        if act_zero_point is not None:
+            raise MixDQError("act_zero_point needs act_scale; give both, or neither for dynamic activations")
+        return None, None
+    values = []
+    for name, v in (("act_scale", act_scale), ("act_zero_point", 0.0 if act_zero_point is None else act_zero_point)):
+        v = torch.as_tensor(v, dtype=torch.float32).to(device).reshape(-1)
+        if v.numel() == 1 and groups > 1:
+            v = v.repeat(groups)
+        if v.numel() != groups:
+            raise MixDQError(f"{name} must have one value for each of {groups} input groups; found {v.numel()}")
+        values.append(v)
+    scale, zero_point = values
+    w = act_width(act_bits)
+    if scale.device.type != "meta":
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise MixDQError(f"act_scale must be finite and positive; found {scale.tolist()}")
+        if not bool(((zero_point == zero_point.round()) & (zero_point >= w.qmin) & (zero_point <= w.qmax)).all()):
+            raise MixDQError(
+                f"act_zero_point must be a whole number from {w.qmin} to {w.qmax} for {act_bits} bits; "
+                f"found {zero_point.tolist()}"
+            )
+    return scale, zero_point
+
+
+def _checked_bos(value, name: str, size: int, bos_output, device):
+    if value is None:
+        return None
+    if bos_output is None:
+        raise MixDQError("bos_input needs bos_output, the layer's output for that token")
+    if value.numel() != size or not value.is_floating_point():
+        raise MixDQError(f"{name} must hold {size} floating values; found {value.dtype} {list(value.shape)}")
+    return value.detach().reshape(-1).to(device)
+
+
+def _derive(qdata, scale, bits, act_bits, input_groups, act_scale, act_zero_point) -> dict[str, Tensor]:
+    if act_bits is None:
+        return {}
+    dims = tuple(range(1, qdata.dim()))
+    parts = unpack(qdata, bits, input_groups).split(input_groups, dim=1)
+    weight_sum = torch.stack([p.sum(dims, dtype=torch.int32) for p in parts])
+    if act_scale is None:
+        return {"weight_sum": weight_sum}
+    alpha, beta = static_alpha_beta(scale, act_scale, act_zero_point, weight_sum)
+    return {"alpha": alpha, "beta": beta}
+
+
+def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, weight_sum: Tensor):
+    """``alpha [groups, out]`` and ``beta [out]`` of the epilogue, see :class:`MixDQTensor`."""
+    alpha = act_scale.unsqueeze(1) * scale
+    # In float64, since alpha * zero_point * weight_sum nearly cancels against the accumulator.
+    beta = -(alpha.double() * act_zero_point.unsqueeze(1).double() * weight_sum.double()).sum(0)
+    return alpha, beta.float()
+
+
+# --- linear and conv2d ------------------------------------------------------------------------------------------------
+
+
+def _linear(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
+    _check_operands(x, w, 2, "F.linear")
+    if x.shape[-1] != w.shape[1]:
+        raise MixDQError(f"F.linear: the input's last dimension must be {w.shape[1]}; found shape {list(x.shape)}")
+    bias = _bias(bias)
+    if w.act_bits is None:
+        y = torch.ops.mixdq_ao.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
+    elif w.act_scale is None:
+        y = _linear_dynamic(x, w, bias)
+    elif torch.compiler.is_compiling():
+        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+        y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
+    else:
+        y = torch.ops.mixdq_ao.quantized_linear(
+            x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups
+        )
+    return y if w.bos_output is None else _with_bos_row(y, x, w)
+
+
+def _linear_dynamic(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
+    per_token = (
+        ops.quantize_per_token_traced if torch.compiler.is_compiling() else torch.ops.mixdq_ao.quantize_per_token
+    )
+    xq, x_scale, x_zero_point = per_token(x, w.act_bits, w.input_groups)
+    return torch.ops.mixdq_ao.linear_int8_dynamic(
+        xq, x_scale, x_zero_point, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype
+    )
+
+
+def _with_bos_row(y: Tensor, x: Tensor, w: MixDQTensor) -> Tensor:
+    """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``. A 2-D input is one sample."""
+    if x.dim() < 2 or x.shape[-2] == 0:
+        return y
+    first = w.bos_output.to(y.dtype).expand_as(y[..., 0, :])
+    if w.bos_input is not None:
+        bos = w.bos_input.float()
+        distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
+        first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
+    y[..., 0, :] = first
+    return y
+
+
+def _conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    _check_operands(x, w, 4, "F.conv2d")
+    if groups != 1:
+        raise UnsupportedError(f"F.conv2d: grouped convolutions cannot be quantized; found groups={groups}")
+    if x.dim() == 3:
+        return _conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation).squeeze(0)
+    if x.dim() != 4 or x.shape[1] != w.shape[1]:
+        raise MixDQError(
+            f"F.conv2d: the input must be [batch, {w.shape[1]}, height, width]; found shape {list(x.shape)}"
+        )
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    pad = _pad(padding, w.shape[2:], stride, dilation)
+    bias = _bias(bias)
+    if w.act_bits is None:
+        return torch.ops.mixdq_ao.conv2d_weight_only(
+            x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups
+        )
+    if w.act_scale is None:
+        act_scale, act_zero_point, alpha, beta = _dynamic_conv_range(x, w)
+    else:
+        act_scale, act_zero_point, alpha, beta = w.act_scale, w.act_zero_point, w.alpha, w.beta
+    if torch.compiler.is_compiling():
+        xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
+        return torch.ops.mixdq_ao.conv2d_int8(
+            xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype
+        )
+    return torch.ops.mixdq_ao.quantized_conv2d(
+        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
+        w.input_groups,
+    )  # fmt: skip
+
+
+def _dynamic_conv_range(x: Tensor, w: MixDQTensor):
+    ranges = [ops.dynamic_range(p, w.act_bits, (0, 1, 2, 3)) for p in x.split(w.input_groups, dim=1)]
+    act_scale, act_zero_point = (torch.cat([v.reshape(1) for v in values]) for values in zip(*ranges, strict=True))
+    return act_scale, act_zero_point, *static_alpha_beta(w.scale, act_scale, act_zero_point, w.weight_sum)
+
+
+def _check_operands(x, w, dim: int, op: str) -> None:
+    if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
+        raise UnsupportedError(f"{op}: only the weight may be a quantized tensor")
+    if w.dim() != dim:
+        raise MixDQError(f"{op}: the quantized weight has shape {list(w.shape)}, which is not {dim}-dimensional")
+    if not x.is_floating_point():
+        raise MixDQError(f"{op}: the input must be floating; found {x.dtype}")
+    if x.device != w.device:
+        raise MixDQError(f"{op}: input on {x.device}, quantized weight on {w.device}; move one of them with .to()")
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None or bias.numel() == 0 else bias
+
+
+def _pair(value, name: str) -> tuple[int, int]:
+    values = (value,) if not isinstance(value, (tuple, list, torch.Size)) else tuple(value)
+    if len(values) not in (1, 2):
+        raise MixDQError(f"F.conv2d: {name} must be a number or a pair; found {value!r}")
+    return values[0], values[-1]
+
+
+def _pad(padding, kernel, stride, dilation) -> tuple[int, int, int, int]:
+    """Padding as left, right, top, bottom."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        if stride != (1, 1):
+            raise MixDQError(f"F.conv2d: padding='same' needs stride 1; found {stride}")
+        (top, bottom), (left, right) = [
+            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)
+        ]
+        return left, right, top, bottom
+    if isinstance(padding, str):
+        raise MixDQError(f"F.conv2d: padding must be 'same', 'valid', a number or a pair; found {padding!r}")
+    vertical, horizontal = _pair(padding, "padding")
+    return horizontal, horizontal, vertical, vertical
+
+
+# --- op table ---------------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+implements = MixDQTensor.implements
+implements_torch_function = MixDQTensor.implements_torch_function
+
+
+@implements_torch_function([F.linear])
+@implements([aten.linear.default])
+def _(func, types, args, kwargs):
+    def bind(input, weight, bias=None):
+        return input, weight, bias
+
+    return _linear(*bind(*args, **kwargs))
+
+
+@implements_torch_function([F.conv2d])
+@implements([aten.conv2d.default, aten.conv2d.padding])
+def _(func, types, args, kwargs):
+    def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        return input, weight, bias, stride, padding, dilation, groups
+
+    return _conv2d(*bind(*args, **kwargs))
+
+
+@implements([aten.convolution.default])
+def _(func, types, args, kwargs):
+    x, w, bias, stride, padding, dilation, transposed, _, groups = args
+    if transposed:
+        raise UnsupportedError("transposed convolutions cannot be quantized")
+    return _conv2d(x, w, bias, stride, padding, dilation, groups)
+
+
+@implements([aten.t.default])
+def _(func, types, args, kwargs):
+    raise UnsupportedError(
+        "a quantized weight cannot be transposed. If this came from F.linear, __torch_function__ was switched off "
+        "(DisableTorchFunctionSubclass): run the layer under torch.inference_mode(), or leave it on"
+    )
+
+
+@implements([aten.cat.default])
+def _(func, types, args, kwargs):
+    raise UnsupportedError(
+        "quantized weights cannot be concatenated. Fuse projections before quantize_(): "
+        "unet.fuse_qkv_projections(), then quantize_(unet, ...)"
+    )
+
+
+@implements([aten._to_copy.default])
+def _(func, types, args, kwargs):
+    w, dtype = args[0], kwargs.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UnsupportedError(f"a quantized weight stands for floating values; it cannot become {dtype}")
+    device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
+
+    # Codes and scales keep their dtypes: scales in fp16 would underflow.
+    def move(t, memory_format=torch.preserve_format):
+        return t.to(device=device or t.device, non_blocking=non_blocking, copy=True, memory_format=memory_format)
+
+    out = w._with(move, dtype, lambda t: move(t, _memory_format(t, kwargs)))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _memory_format(qdata: Tensor, kwargs) -> torch.memory_format:
+    wanted = kwargs.get("memory_format") or torch.preserve_format
+    return wanted if qdata.dim() == 4 else torch.preserve_format
+
+
+@implements([aten.clone.default])
+def _(func, types, args, kwargs):
+    w = args[0]
+    out = w._with(torch.clone, qdata_fn=lambda t: t.clone(memory_format=_memory_format(t, kwargs)))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements_torch_function([torch.Tensor.contiguous])
+@implements([aten.contiguous.default])
+def _(func, types, args, kwargs):
+    def bind(self, memory_format=torch.contiguous_format):
+        return self, memory_format
+
+    w, memory_format = bind(*args, **kwargs)
+    if w.dim() != 4:
+        return w
+    return w._with(lambda t: t, qdata_fn=lambda t: t.contiguous(memory_format=memory_format))
+
+
+@implements([aten.empty_like.default])
+def _(func, types, args, kwargs):
+    w, device = args[0], kwargs.get("device")
+    pin = bool(kwargs.get("pin_memory"))
+    return w._with(lambda t: torch.empty_like(t, device=device, pin_memory=pin), kwargs.get("dtype"))
+
+
+@implements([aten.is_pinned.default])
+def _(func, types, args, kwargs):
+    return all(getattr(args[0], name).is_pinned() for name in args[0].__tensor_flatten__()[0])
+
+
+@implements([aten._pin_memory.default])
+def _(func, types, args, kwargs):
+    return args[0]._with(lambda t: t.pin_memory())
+
+
+@implements([aten.copy_.default])
+def _(func, types, args, kwargs):
+    target, source = args[:2]
+    if not (isinstance(target, MixDQTensor) and isinstance(source, MixDQTensor)):
+        raise UnsupportedError(
+            "copy_() between a quantized and a floating weight would change what the layer computes. "
+            "load_state_dict() into a floating model needs assign=True; fused projections must be fused before "
+            "quantize_(); for a floating copy use weight.dequantize()"
+        )
+    if target._layout() != source._layout():
+        raise MixDQError(f"copy_() needs equal quantization; found {target!r} and {source!r}")
+    for name in target.__tensor_flatten__()[0]:
+        getattr(target, name).copy_(getattr(source, name), *args[2:], **kwargs)
+    return target
