@@ -9,8 +9,7 @@ import json
 import math
 import os
 import pickle
-import stat
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -47,26 +46,16 @@ def replacing(path):
     The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over ``path`` in one step.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), _new_file_mode(path))
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _new_file_mode(path: Path) -> int:
-    """The mode that ``path`` has or would get from ``open``; ``mkstemp`` alone would make it private."""
-    if path.exists():
-        return stat.S_IMODE(path.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def write_text(path, text: str) -> None:
