@@ -1,0 +1,38 @@
+"""Few-step text-to-image diffusion models, quantized: W8A8, W4A8 and mixed plans as torchao-style tensor subclasses."""
+
+from mixdq_ao._quiet import quiet_torchao_import
+from mixdq_ao._version import __version__
+
+with quiet_torchao_import():
+    from mixdq_ao.calibrate import calibrate, observe
+    from mixdq_ao.checkpoint import QuantParams
+    from mixdq_ao.config import MixDQConfig, MixDQLayerConfig, quantize_
+    from mixdq_ao.errors import CheckpointError, MixDQError, PlanError, UnsupportedError
+    from mixdq_ao.integrations import register
+    from mixdq_ao.model_file import load, save
+    from mixdq_ao.plan import BitPlan
+    from mixdq_ao.summary import summary
+    from mixdq_ao.tensor import MixDQTensor
+
+
+
+__all__ = [
+    "__version__",
+    "BitPlan",
+    "CheckpointError",
+    "MixDQConfig",
+    "MixDQError",
+    "MixDQLayerConfig",
+    "MixDQTensor",
+    "PlanError",
+    "QuantParams",
+    "UnsupportedError",
+    "calibrate",
+    "load",
+    "observe",
+    "quantize_",
+    "save",
+    "summary",
+]
+
+register()

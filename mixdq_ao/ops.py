@@ -370,6 +370,13 @@ cuda_library_missing = _load_cuda_library()
 _warned = False
 
 
+def kernel_name(device: torch.device, int8: bool) -> str:
+    """What multiplies on ``device``: int8 codes, or floats with a dequantized weight."""
+    if device.type == "cuda" and not cuda_library_missing:
+        return "mixdq_ao CUDA"
+    return "torch._int_mm" if int8 else "torch, dequantized"
+
+
 def _warn_no_library() -> None:
     global _warned
     if not _warned:

@@ -1,0 +1,24 @@
+"""Keeps other libraries' import-time chatter from a user who can do nothing about it."""
+
+import logging
+from contextlib import contextmanager
+
+import torch
+
+# torchao warns that its own CUDA libraries do not load into a CPU build of torch, and, through its enums, torch that a
+# registration of torchao's is deprecated.
+_CHATTY = ("torchao", "torch.utils._pytree")
+
+
+@contextmanager
+def quiet_torchao_import():
+    """While the block runs, torchao's loading warnings are dropped where torch has no CUDA, errors never."""
+    loggers = [logging.getLogger(name) for name in _CHATTY[(0 if torch.version.cuda is None else 1) :]]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

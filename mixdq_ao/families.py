@@ -1,0 +1,74 @@
+"""One row for each UNet family: the only place with names of layers.
+
+Also what can be read off a model's structure: which layers there are, and where skip connections join.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What the method needs to know of a kind of model.
+
+    ``content``: a layer is a content layer, judged by SSIM of pictures, if its name contains one of these; the others
+    are quality layers, judged by SQNR of the UNet output. ``text_layers``: pattern of the names of layers that see
+    text tokens, the first of which is the BOS token.
+    """
+
+    name: str
+    content: tuple[str, ...] = ()
+    text_layers: str | None = None
+
+    def is_content(self, layer: str) -> bool:
+        return any(part in layer for part in self.content)
+
+    def sees_text(self, layer: str) -> bool:
+        return self.text_layers is not None and re.search(self.text_layers, layer) is not None
+
+
+_UNET = {"content": ("ff", "attn2"), "text_layers": r"(^|\.)attn2\.to_[kv]$"}
+SDXL = ModelFamily("sdxl", **_UNET)
+SD = ModelFamily("sd", **_UNET)
+GENERIC = ModelFamily("generic")
+
+
+def family_of(model: nn.Module) -> ModelFamily:
+    """The row of ``model``; ``generic`` for one that is not known (no BOS layers, all layers quality layers)."""
+    if type(model).__name__ != "UNet2DConditionModel":
+        return GENERIC
+    return SDXL if model.config.get("addition_embed_type") == "text_time" else SD
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear and 2-D convolution layer of ``model`` by name, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name to weight shape of every layer."""
+    return {name: tuple(m.weight.shape) for name, m in layers_of(model).items()}
+
+
+def split_points(model: nn.Module) -> dict[str, list[int]]:
+    """Input groups ``[hidden, skip]`` of the shortcuts that read a concatenation of hidden state and skip connection.
+
+    Found by following the skip connections of a UNet: every down-block resnet and downsampler pushes its channels,
+    every up-block resnet pops some. A model of another structure has none.
+    """
+    if not all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):
+        return {}
+    skips = [model.conv_in.out_channels]
+    for block in model.down_blocks:
+        skips += [resnet.out_channels for resnet in block.resnets]
+        if getattr(block, "downsamplers", None):
+            skips.append(block.resnets[-1].out_channels)
+    points = {}
+    for i, block in enumerate(model.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            skip = skips.pop()
+            if resnet.conv_shortcut is not None:
+                points[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = [resnet.in_channels - skip, skip]
+    return points

@@ -1,0 +1,38 @@
+"""Progress bars for people: one appears on a terminal once a loop has taken two seconds."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+DELAY_SECONDS = 2.0
+
+
+def track(items: Iterable[T], text: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
+    """Iterate over ``items``; a bar is drawn on stderr from the third second on.
+
+    ``show`` is True (at once), False (never) or None (after two seconds, if stderr is a terminal).
+    """
+    if show is False or (show is None and not sys.stderr.isatty()):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(text, total=total)
+    started, since = False, time.monotonic()
+    try:
+        for item in items:
+            if not started and (show or time.monotonic() - since > DELAY_SECONDS):
+                bar.start()
+                started = True
+            yield item
+            bar.advance(task)
+    finally:
+        if started:
+            bar.stop()
