@@ -284,10 +284,10 @@ def load_pickle(path):
     Raises ``CheckpointError`` for whatever goes wrong: a global that is not allowed (its code does not run), a broken
     or compressed archive.
     """
-    path = regular_file(path)
     try:
-        _refuse_compressed(path)
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with reading(path) as file:  # given the path, torch.load would go by its suffix
+            _refuse_compressed(path)
+            return torch.load(file, weights_only=True, map_location="cpu")
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
