@@ -7,7 +7,7 @@ None where nothing fits, so that noise earns no credit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -121,7 +121,7 @@ def _pieces(foreground: np.ndarray) -> list[np.ndarray]:
     return [labels == names[i] for i in order if counts[i] >= MIN_PIXELS]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _centroid(shape: str, size: str) -> tuple[float, float]:
     """Offset (x, y) of a shape's centroid from the object's centre, in pixels."""
     cover = sprite(shape, size, "plain")[0]
@@ -262,7 +262,11 @@ def caption_accuracy(
     """
     if len(pictures) != len(captions) or len(captions) == 0:
         raise MixDQError(f"need as many pictures as captions, at least one; got {len(pictures)} and {len(captions)}")
-    scores = [judge(read_picture(p), parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
+    return summarize([judge(read_picture(p), parse_caption(c)) for p, c in zip(pictures, captions, strict=True)])
+
+
+def summarize(scores: Sequence[dict[str, tuple[int, int]]]) -> CaptionAccuracy:
+    """The accuracy over several pictures from what `judge` says of each."""
     counts = np.array([[score[name] for name in ATTRIBUTES] for score in scores], float)
     hits, asked = counts.sum(axis=0).T
     by_attribute = {n: float(h / a) for n, h, a in zip(ATTRIBUTES, hits, asked, strict=True) if a > 0}

@@ -10,8 +10,8 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -174,7 +174,7 @@ def _sample_background(rng: random.Random, objects: tuple[SceneObject, ...]) -> 
             return top, bottom
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stands_out(colour: str, textured: bool, top: str, bottom: str) -> bool:
     tones = [COLOURS[colour]] + ([second_tone(colour)] if textured else [])
     blend = np.linspace(0, 1, 9)[:, None]
@@ -230,7 +230,9 @@ def parse_caption(caption: str) -> Scene:
         relation = None
         matches = [_PLACED.fullmatch(part) for part in re.split(r", | and ", body)]
         if len(matches) > 3 or not all(matches):
-            raise _grammar_error(caption, "its objects must be one to three, each with a position, or two and a relation")
+            raise _grammar_error(
+                caption, "its objects must be one to three, each with a position, or two and a relation"
+            )
         objects = tuple(_object(m.groups()[:4], POSITIONS.index(m.group(5))) for m in matches)
     scene = Scene(objects, relation, top, bottom or top)
     if any(o.size == "small" and o.texture != "plain" for o in objects):
