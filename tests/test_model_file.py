@@ -106,8 +106,9 @@ def call(unet: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     added = {"text_embeds": torch.randn(2, 16, generator=generator), "time_ids": torch.ones(2, 6)}
     sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    unet.float()
     with torch.inference_mode():
-        return unet.float()(sample, 1, text, added_cond_kwargs=added).sample
+        return unet(sample, 1, text, added_cond_kwargs=added).sample
 
 
 def test_unet_is_built_from_the_file(tmp_path, unet):
