@@ -1,7 +1,7 @@
 """What to quantize and how: ``MixDQConfig`` for a model, ``MixDQLayerConfig`` for a layer, and ``quantize_``."""
 
+import functools
 import os
-import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,9 @@ from mixdq_ao.progress import track
 from mixdq_ao.tensor import MixDQTensor
 
 AUTO = "auto"
+
+# What integrations want done to a model once it is quantized; integrations.register() fills it.
+after_quantize: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass
@@ -106,7 +109,7 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig, *, parameter_na
         bos_output=config.bos_output,
     )
     setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
-    module.extra_repr = types.MethodType(_extra_repr, module)
+    module.extra_repr = functools.partial(_extra_repr, module)  # a bound method could not be pickled
     return module
 
 
@@ -160,6 +163,8 @@ def quantize_(
             _quantize_layer(module, recipe)
     if device is not None:
         model.to(device)
+    for hook in after_quantize:
+        hook(model)
 
 
 # --- from a config to one recipe for each layer -----------------------------------------------------------------------
