@@ -15,9 +15,7 @@ with quiet_torchao_import():
     from mixdq_ao.tensor import MixDQTensor
 
 
-
 __all__ = [
-    "__version__",
     "BitPlan",
     "CheckpointError",
     "MixDQConfig",
@@ -27,6 +25,7 @@ __all__ = [
     "PlanError",
     "QuantParams",
     "UnsupportedError",
+    "__version__",
     "calibrate",
     "load",
     "observe",

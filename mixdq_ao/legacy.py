@@ -155,3 +155,18 @@ def read_bos(path) -> dict[str, Tensor]:
             fail(name, "shape must be [1, 1, out] or [out]", f"shape {list(value.shape)}")
         BOS_OUTPUT.check(fail, name, value.flatten(), {})
     return {name: value.detach().flatten() for name, value in content.items()}
+
+
+def attach_bos(params: QuantParams, path) -> None:
+    """Put the BOS outputs of ``path`` into ``params``. Raises ``CheckpointError``, before any change, for a layer that
+    ``params`` lacks and for an output of another size."""
+    outputs = read_bos(path)
+    for name, output in outputs.items():
+        layer = params.layers.get(name)
+        if layer is None:
+            raise CheckpointError(path, name, "must be a layer of the checkpoint", advice=f"It is {params.source}.")
+        out_channels = next(iter(layer.weight_scale.values())).shape[1]
+        if output.numel() != out_channels:
+            raise CheckpointError(path, name, f"must have {out_channels} values", str(output.numel()))
+    for name, output in outputs.items():
+        params.layers[name].bos_output = output

@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixdq_ao import families, ops
+from mixdq_ao.model_file import FileDescription, FileRow
 from mixdq_ao.tensor import MixDQTensor
 
 MIB = 2**20
@@ -128,3 +130,21 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         cells = [c.ljust(w) for c, w in zip(row[:-1], widths[:-1], strict=True)]
         lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def file_table(description: FileDescription) -> str:
+    """What ``model_file.describe`` found, as text: a row for each layer, then totals and further facts."""
+    is_model = description.kind == "model"
+    header = ("layer", "weight", "activation", "groups", *(("computes", "kernel") if is_model else ()), "reason", "KiB")
+    lines = [format_table(header, [_file_cells(row, is_model) for row in description.rows])]
+    lines.append(f"{description.kind}: {len(description.rows)} layers, {description.nbytes / MIB:.1f} MiB")
+    lines += [f"{key}: {json.dumps(value)}" for key, value in description.metadata.items()]
+    return "\n".join(lines)
+
+
+def _file_cells(row: FileRow, is_model: bool) -> tuple[str, ...]:
+    quantized = is_model and bool(row.bits)
+    kernel = ops.kernel_name(torch.device("cpu"), bool(row.act_bits)) if quantized else "torch"
+    computed = ("int8" if row.act_bits else "float", kernel) if is_model else ()
+    weight, act = (",".join(map(str, bits)) or "float" for bits in (row.bits, row.act_bits))
+    return row.name, weight, act, str(row.groups), *computed, row.reason, f"{row.nbytes / 1024:.1f}"

@@ -1,0 +1,156 @@
+"""The mixdq-ao command: parses, calls the library, prints."""
+
+import json as jsonlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mixdq_ao.errors import MixDQError
+
+app = typer.Typer(
+    help="Few-step text-to-image diffusion models, quantized: the same pictures in half or a quarter of the memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline folder. [default: the small model that comes along]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("mixdq-ao-demo"),
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures for each variant, without --prompts.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Draw the same pictures in floating point and quantized, and compare memory, time and quality."""
+    import torch
+
+    from mixdq_ao import demo as library
+
+    texts = _lines(prompts) if prompts else None
+    result = library.run_demo(
+        out,
+        model=model,
+        prompts=texts,
+        pictures=pictures,
+        steps=steps,
+        seed=seed,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        progress=False if json else None,
+    )
+    if json:
+        print(result.json.read_text(), end="")
+        return
+    title = f"{len(result.captions)} pictures, {steps} steps, on {result.device}; quality against float32"
+    _print_table(title, library.HEADER, [library.cells(row) for row in result.rows])
+    _console().print(f"Pictures side by side: {result.picture}\nNumbers: {result.json}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The original project's ckpt.pth or new_ckpt.pth.")],
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    weight_plan: Annotated[Path | None, typer.Option(help="Bit plan of the weights to carry along.")] = None,
+    act_plan: Annotated[Path | None, typer.Option(help="Bit plan of the activations to carry along.")] = None,
+    protect: Annotated[Path | None, typer.Option(help="List of layers that stay floating.")] = None,
+    bos: Annotated[Path | None, typer.Option(help="The original's bos_pre_computed.pt.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Turn the original project's pickled files into one safetensors file for MixDQConfig.
+
+    Pickles are read as plain data only; nothing in them is run.
+    """
+    from mixdq_ao import legacy
+    from mixdq_ao.plan import BitPlan, read_names
+
+    if out.exists() and not force:
+        raise MixDQError(f"{out} exists; give --force to replace it")
+    params = legacy.read_params(source)
+    params.weight_plan = BitPlan.read(weight_plan) if weight_plan else params.weight_plan
+    params.act_plan = BitPlan.read(act_plan) if act_plan else params.act_plan
+    params.protect = read_names(protect) if protect else params.protect
+    if bos:
+        legacy.attach_bos(params, bos)
+    params.save(out)
+    _console().print(f"{len(params.layers)} layers written to {out}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Quantization parameters, a quantized model, or an original file.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a file holds: per layer bits and bytes, and totals."""
+    from dataclasses import asdict
+
+    from mixdq_ao.model_file import describe
+    from mixdq_ao.summary import file_table
+
+    description = describe(file)
+    print(jsonlib.dumps(asdict(description), indent=1) if json else file_table(description))
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine can run, and why not more."""
+    from mixdq_ao import doctor as library
+
+    findings = library.examine()
+    if json:
+        print(jsonlib.dumps(library.as_json(findings), indent=1))
+        return
+    _print_table("", ("", "found", ""), [(f.name, f.value, "ok" if f.ok else "!") for f in findings])
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise MixDQError(f"{path}: no such file of prompts")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if line]
+    if not found:
+        raise MixDQError(f"{path}: the file of prompts is empty")
+    return found
+
+
+def _console() -> Console:
+    # A pipe gets the whole table, not one folded to 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_table(title: str, header, rows) -> None:
+    table = Table(title=title or None, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="left" if rows and not rows[0][header.index(name)][:1].isdigit() else "right")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit code 2, not a traceback."""
+    # The libraries below print notes that a user of this command can do nothing about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except MixDQError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The demo: the same captions and seeds in floating point and quantized, side by side as a picture and a table."""
+
+import copy
+import itertools
+import json
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from mixdq_ao import families
+from mixdq_ao.calibrate import calibrate
+from mixdq_ao.checkpoint import QuantParams
+from mixdq_ao.config import MixDQConfig, quantize_
+from mixdq_ao.evaluate import psnr, sqnr, ssim
+from mixdq_ao.files import replacing, write_text
+from mixdq_ao.memory import Memory, measure_memory
+from mixdq_ao.progress import track
+from mixdq_ao.scene_reader import caption_accuracy
+from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
+from mixdq_ao.tiny_model import load_tiny_sdxl
+
+CALIBRATION_PROMPTS = 32
+# For a pipeline that is not our own.
+PROMPTS = (
+    "a red fox sitting in fresh snow, photo",
+    "a bowl of ramen with steam, food photography",
+    "a lighthouse on a cliff at sunset, oil painting",
+    "a small robot watering flowers, 3d render",
+    "an old man with a beard, portrait photo",
+    "a cat wearing a space suit, studio light",
+    "a mountain lake with a wooden boat, morning mist",
+    "a street market at night, neon signs, rain",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: a name, and how the UNet is quantized; ``config`` None leaves it floating in ``dtype``."""
+
+    name: str
+    dtype: torch.dtype
+    config: Callable[[QuantParams, nn.Module], MixDQConfig] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a variant. Ratios are against the float32 pictures of the same captions and seed.
+
+    Memory in MiB of the UNet alone at the batch size of the run, ``seconds`` for the whole pipeline and one picture,
+    ``unet_ms`` for one UNet call of the batch; ``sqnr`` of the first UNet output in dB; ``accuracy`` None where the
+    pictures cannot be read.
+    """
+
+    name: str
+    mean_weight_bits: float
+    static_mib: float
+    activation_mib: float
+    peak_mib: float
+    unet_ms: float
+    seconds: float
+    sqnr: float
+    ssim: float
+    psnr: float
+    accuracy: float | None
+
+
+def _w8a8(params: QuantParams, unet: nn.Module) -> MixDQConfig:
+    return MixDQConfig(params, weight_bits=8, act_bits=8)
+
+
+def mixed_plan(unet: nn.Module) -> dict[str, int]:
+    """4-bit weights for content layers, 8-bit for quality layers: the split that published MixDQ plans come to."""
+    family = families.family_of(unet)
+    return {name: 4 if family.is_content(name) else 8 for name in families.layers_of(unet)}
+
+
+def _mixed(params: QuantParams, unet: nn.Module) -> MixDQConfig:
+    return MixDQConfig(params, weight_bits=mixed_plan(unet), act_bits=8)
+
+
+def _w4a8(params: QuantParams, unet: nn.Module) -> MixDQConfig:
+    return MixDQConfig(params, weight_bits=4, act_bits=8)
+
+
+def variants(device: torch.device) -> list[Variant]:
+    """The rows of the table; 16 bits are fp16 on a GPU and bf16 on a CPU, which is slow in fp16."""
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return [
+        Variant("W16A16", half),
+        Variant("W8A8", half, _w8a8),
+        Variant("W4/8A8", half, _mixed),
+        Variant("W4A8", half, _w4a8),
+    ]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The rows, and where picture and JSON were written."""
+
+    rows: list[Row]
+    captions: list[str]
+    steps: int
+    device: str
+    picture: Path
+    json: Path
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] | None = None,
+    pictures: int = 8,
+    steps: int = 4,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> Demo:
+    """Calibrate, quantize, generate and compare; writes ``demo.png`` and ``demo.json`` into the folder ``out``.
+
+    ``model`` is a diffusers pipeline folder, None for our own small model, whose pictures can be read back and
+    compared with their captions. The same generator seed is used for every variant.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    where = torch.device(device)
+    pipe = (load_tiny_sdxl() if model is None else _load(model)).to(where)
+    pipe.set_progress_bar_config(disable=True)
+    captions, calibration = _captions(prompts, pictures, readable=model is None, seed=seed)
+    params = calibrate(pipe, calibration, num_inference_steps=steps, seed=seed + 1, progress=progress)
+    float_unet = pipe.unet
+    reference, reference_output, _, _ = _generate(pipe, captions, steps, seed)
+    rows, columns = [], {"float32": reference}
+    todo = variants(where)
+    for variant in track(todo, "Generating", len(todo), progress):
+        pipe.unet = copy.deepcopy(float_unet).to(variant.dtype)
+        if variant.config is not None:
+            quantize_(pipe.unet, variant.config(params, float_unet), progress=False)
+        pipe.to(variant.dtype)
+        images, output, seconds, call = _generate(pipe, captions, steps, seed)
+        unet_ms, memory = _measure_unet(pipe.unet, call)
+        columns[variant.name] = images
+        rows.append(
+            Row(
+                variant.name,
+                _mean_weight_bits(pipe.unet),
+                *memory.mib(),
+                unet_ms,
+                seconds,
+                sqnr(reference_output, output),
+                ssim(reference, images),
+                psnr(reference, images),
+                caption_accuracy(images, captions).overall if model is None else None,
+            )
+        )
+    result = Demo(rows, captions, steps, device, out / "demo.png", out / "demo.json")
+    _write_picture(result.picture, columns, captions)
+    write_text(result.json, json.dumps(_as_json(result, seed), indent=1) + "\n")
+    return result
+
+
+def _load(model: str):
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+
+
+def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[str], list[str]]:
+    """Captions to draw, and captions to calibrate with."""
+    if prompts:
+        return list(prompts), list(prompts)
+    if readable:
+        drawn = (sample_scene(i).caption for i in itertools.count(seed))
+        return held_out_captions(pictures, seed), list(
+            itertools.islice((c for c in drawn if not is_held_out(c)), CALIBRATION_PROMPTS)
+        )
+    return list(PROMPTS[:pictures]), list(PROMPTS)
+
+
+@torch.no_grad()
+def _generate(pipe, captions, steps: int, seed: int):
+    """Pictures, the first UNet output as float32, seconds for each picture, and the arguments of that UNet call."""
+    calls = []
+
+    def keep_first(module, args, kwargs, output):
+        if not calls:
+            calls.append((args, kwargs, output[0].detach().float()))
+
+    hook = pipe.unet.register_forward_hook(keep_first, with_kwargs=True)
+    try:
+        start = time.perf_counter()
+        images = pipe(
+            prompt=list(captions),
+            num_inference_steps=steps,
+            guidance_scale=0.0,
+            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(captions))],
+        ).images
+        seconds = (time.perf_counter() - start) / len(captions)
+    finally:
+        hook.remove()
+    args, kwargs, output = calls[0]
+    return images, output, seconds, (args, kwargs)
+
+
+@torch.no_grad()
+def _measure_unet(unet: nn.Module, call) -> tuple[float, Memory]:
+    """Median milliseconds of a UNet call after a warm-up, and its memory."""
+    args, kwargs = call
+    device = next(unet.parameters()).device
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        unet(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times[1:])[1], measure_memory(unet, lambda: unet(*args, **kwargs))
+
+
+def _mean_weight_bits(unet: nn.Module) -> float:
+    layers = families.layers_of(unet).values()
+    bits = [getattr(m.weight, "bits", 8 * m.weight.element_size()) for m in layers]
+    sizes = [m.weight.numel() for m in layers]
+    return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def _as_json(result: Demo, seed: int) -> dict:
+    return {
+        "captions": result.captions,
+        "steps": result.steps,
+        "seed": seed,
+        "device": result.device,
+        "torch": torch.__version__,
+        "rows": [asdict(row) for row in result.rows],
+    }
+
+
+HEADER = ("", "weight bits", "static", "activation", "peak MiB", "UNet ms", "s/picture", "SQNR dB", "SSIM", "PSNR dB",
+          "captions")  # fmt: skip
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The row as text, in the order of ``HEADER``."""
+    return (
+        row.name,
+        f"{row.mean_weight_bits:.2f}",
+        f"{row.static_mib:.2f}",
+        f"{row.activation_mib:.2f}",
+        f"{row.peak_mib:.2f}",
+        f"{row.unet_ms:.0f}",
+        f"{row.seconds:.3f}",
+        f"{row.sqnr:.1f}",
+        f"{row.ssim:.3f}",
+        f"{row.psnr:.1f}",
+        "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+    )
+
+
+def _write_picture(path: Path, columns: dict[str, list[Image.Image]], captions: Sequence[str]) -> None:
+    """One line of pictures for each variant, captions below."""
+    side = 192 if next(iter(columns.values()))[0].width <= 192 else 320
+    left, gap, foot = 96, 6, 64
+    width = left + len(captions) * (side + gap) + gap
+    height = gap + len(columns) * (side + gap) + foot
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(11)
+    for i, (name, images) in enumerate(columns.items()):
+        y = gap + i * (side + gap)
+        draw.text((gap, y + side // 2 - 10), name, fill="black", font=font)
+        for j, image in enumerate(images):
+            resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((side, side), resample), (left + j * (side + gap), y))
+    for j, caption in enumerate(captions):
+        text = _wrapped(caption, 34)
+        draw.multiline_text((left + j * (side + gap), height - foot + 2), text, fill="black", font=small)
+    with replacing(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _wrapped(text: str, width: int, lines: int = 4) -> str:
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
