@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import secrets
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -225,7 +226,7 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, contiguous, on the CPU. Raises ``CheckpointError`` if the file has shrunk since."""
         entry = self.entries[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
         with reading(self.path) as file:
             file.seek(entry.begin)
             if file.readinto(raw.numpy()) != entry.nbytes:
@@ -284,18 +285,18 @@ def load_pickle(path):
     Raises ``CheckpointError`` for whatever goes wrong: a global that is not allowed (its code does not run), a broken
     or compressed archive.
     """
-    try:
-        with reading(path) as file:  # given the path, torch.load would go by its suffix
+    with reading(path) as file:
+        try:
             _refuse_compressed(path)
-            return torch.load(file, weights_only=True, map_location="cpu")
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            path, "", "a pickle may hold only tensors, lists, dicts and strings", _first_line(error), "It was not run."
-        ) from error
-    except Exception as error:  # the unpickler meets hostile bytes here and raises almost anything
-        raise CheckpointError(path, "", "must be a file written by torch.save", _first_line(error)) from error
+            return torch.load(file, weights_only=True, map_location="cpu")  # given the path, it goes by its suffix
+        except CheckpointError:
+            raise
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to load the file unsafely
+            rule = "a pickle may hold only tensors, dicts, lists, strings and numbers"
+            raise CheckpointError(path, "", rule, found[1] if found else "something else", "It was not run.") from error
+        except Exception as error:  # the unpickler meets hostile bytes here and raises almost anything
+            raise CheckpointError(path, "", "must be a file written by torch.save", _first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
