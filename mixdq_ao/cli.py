@@ -132,8 +132,9 @@ def _console() -> Console:
 
 def _print_table(title: str, header, rows) -> None:
     table = Table(title=title or None, title_justify="left")
-    for name in header:
-        table.add_column(name, justify="left" if rows and not rows[0][header.index(name)][:1].isdigit() else "right")
+    for i, name in enumerate(header):
+        numbers = all(row[i][:1].isdigit() or row[i][:1] == "-" for row in rows)
+        table.add_column(name, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*row)
     _console().print(table)
