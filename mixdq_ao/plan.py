@@ -143,29 +143,44 @@ def _yaml_entries(path, text: str) -> dict:
     return dict(zip(_unique_names(path, map(cut_prefix, scalars[::2])), scalars[1::2], strict=True))
 
 
+def yaml_events(path, text: str) -> Iterator[yaml.Event]:
+    """The parser events of a YAML file's content, without the frame around documents.
+
+    Anchors, aliases and tags are refused here, before anything is built. Raises ``CheckpointError``.
+    """
+    try:
+        for event in yaml.parse(text, _YAML_LOADER):
+            if isinstance(event, _YAML_FRAME):
+                continue
+            if getattr(event, "anchor", None):  # an alias has one, too
+                raise CheckpointError(path, yaml_place(event), "anchors and aliases are not allowed", event.anchor)
+            if getattr(event, "tag", None):
+                raise CheckpointError(path, yaml_place(event), "tags are not allowed", event.tag)
+            yield event
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(path, "", "must be YAML", " ".join(str(error).split())) from error
+
+
+def yaml_place(event: yaml.Event) -> str:
+    """The line of an event, as the key of an error."""
+    return f"line {event.start_mark.line + 1}"
+
+
 def _yaml_scalars(path, text: str, start: type) -> Iterator:
     """The scalars of a flat YAML map or list (``start``) in order: str, int, None or, for other kinds, an ``_Other``.
 
-    It works on parser events, so that anchors, aliases, tags and nesting are refused before anything is built.
+    It works on parser events, so that nesting is refused before anything is built.
     """
     kind, ended = "map" if start is yaml.MappingStartEvent else "list", False
-    try:
-        events = (event for event in yaml.parse(text, _YAML_LOADER) if not isinstance(event, _YAML_FRAME))
-        for position, event in enumerate(events):
-            place = f"line {event.start_mark.line + 1}"
-            if getattr(event, "anchor", None):  # an alias has one, too
-                raise CheckpointError(path, place, "anchors and aliases are not allowed", repr(event.anchor))
-            if getattr(event, "tag", None):
-                raise CheckpointError(path, place, "tags are not allowed", event.tag)
-            if position == 0 and not isinstance(event, start):
-                raise CheckpointError(path, place, f"must be a YAML {kind}")
-            if ended or (position > 0 and isinstance(event, yaml.CollectionStartEvent)):
-                raise CheckpointError(path, place, f"must be one flat {kind}", "a nested value or a second document")
-            ended = isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.ScalarEvent):
-                yield _scalar(event)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(path, "", "must be YAML", " ".join(str(error).split())) from error
+    for position, event in enumerate(yaml_events(path, text)):
+        place = yaml_place(event)
+        if position == 0 and not isinstance(event, start):
+            raise CheckpointError(path, place, f"must be a YAML {kind}")
+        if ended or (position > 0 and isinstance(event, yaml.CollectionStartEvent)):
+            raise CheckpointError(path, place, f"must be one flat {kind}", "a nested value or a second document")
+        ended = isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.ScalarEvent):
+            yield _scalar(event)
 
 
 _resolver = yaml.resolver.Resolver()
