@@ -17,7 +17,7 @@ from mixdq_ao.checkpoint import QuantParams, model_hash
 from mixdq_ao.errors import MixDQError, PlanError, UnsupportedError, name_list
 from mixdq_ao.plan import BitPlan, read_names
 from mixdq_ao.progress import track
-from mixdq_ao.tensor import MixDQTensor
+from mixdq_ao.tensor import MAX_REDUCTION, MixDQTensor
 
 AUTO = "auto"
 
@@ -47,20 +47,23 @@ class MixDQConfig(AOBaseConfig):
     bos: str | os.PathLike | bool | None = None
 
     def __post_init__(self):
-        if not (self.checkpoint is None or isinstance(self.checkpoint, (str, os.PathLike, QuantParams))):
+        for name, value in vars(self).items():
+            if isinstance(value, os.PathLike):  # torchao writes configs as JSON
+                setattr(self, name, os.fspath(value))
+        if not (self.checkpoint is None or isinstance(self.checkpoint, (str, QuantParams))):
             raise MixDQError(
                 f"checkpoint must be a file, a QuantParams or None; found {type(self.checkpoint).__name__}"
             )
         for what, bits, check in (("weight", self.weight_bits, width), ("act", self.act_bits, act_width)):
             if isinstance(bits, (bool, int)):
                 check(bits)
-            elif not (bits is None or isinstance(bits, (str, os.PathLike, Mapping))):
+            elif not (bits is None or isinstance(bits, (str, Mapping))):
                 raise MixDQError(
                     f"{what}_bits must be a number, None, a mapping, a plan file or 'auto'; found {bits!r}"
                 )
-        if self.bos is True:
-            raise MixDQError("bos must be a file, None (what the checkpoint has) or False; found True")
-        if not isinstance(self.protect, (str, os.PathLike)):
+        if not (self.bos is None or self.bos is False or isinstance(self.bos, str)):
+            raise MixDQError(f"bos must be a file, None (what the checkpoint has) or False; found {self.bos!r}")
+        if not isinstance(self.protect, str):
             self.protect = list(self.protect)
 
 
@@ -198,15 +201,17 @@ def _resolve(model, config: MixDQConfig, filter_fn) -> dict[str, MixDQLayerConfi
         recipes[name] = _layer_config(name, module, bits, act_bits, params, points.get(name))
         if act_bits is not None and name in bos:
             recipes[name].bos_input, recipes[name].bos_output = bos[name]
+        _check_weight(name, module.weight, recipes[name].input_groups)
     if params is not None and params.bos_aware and config.bos is None:
         _warn_without_bos(recipes, families.family_of(model))
     return recipes
 
 
 def _params(checkpoint) -> QuantParams | None:
-    if checkpoint is None or isinstance(checkpoint, QuantParams):
+    if isinstance(checkpoint, QuantParams):
+        checkpoint.validate(checkpoint.source)  # one from a file has been checked
         return checkpoint
-    return legacy.read_params(checkpoint)
+    return None if checkpoint is None else legacy.read_params(checkpoint)
 
 
 def _check_names(params: QuantParams | None, layers, model) -> None:
@@ -255,8 +260,8 @@ def _plan(value, default: BitPlan | None, layers, what: str) -> BitPlan:
 
 
 def _protected(protect, params: QuantParams | None, layers) -> list[str]:
-    if isinstance(protect, (str, os.PathLike)):
-        source, names = str(protect), read_names(protect)
+    if isinstance(protect, str):
+        source, names = protect, read_names(protect)
     else:
         source, names = "protect", protect
     _refuse_unknown(names, layers, source)
@@ -268,15 +273,19 @@ def _bos(bos, params: QuantParams | None, layers) -> dict[str, tuple[Tensor | No
     if bos is False:
         return {}
     if bos is None:
-        found = params.layers.items() if params else ()
-        return {name: (p.bos_input, p.bos_output) for name, p in found if p.bos_output is not None}
-    outputs = legacy.read_bos(bos)
-    _refuse_unknown(outputs, layers, str(bos))
-    for name, output in outputs.items():
-        out_channels = layers[name].weight.shape[0]
-        if output.numel() != out_channels:
-            raise MixDQError(f"{bos}: '{name}' must have {out_channels} values; found {output.numel()}")
-    return {name: (None, output) for name, output in outputs.items()}
+        layer_params = params.layers if params else {}
+        source = f"checkpoint {params.source}" if params else ""
+        found = {name: (p.bos_input, p.bos_output) for name, p in layer_params.items() if p.bos_output is not None}
+    else:
+        source = str(bos)
+        found = {name: (None, output) for name, output in legacy.read_bos(bos).items()}
+    _refuse_unknown(found, layers, source)
+    for name, (bos_input, bos_output) in found.items():
+        out_channels, in_channels = layers[name].weight.shape[:2]
+        for what, value, size in (("input", bos_input, in_channels), ("output", bos_output, out_channels)):
+            if value is not None and value.numel() != size:
+                raise MixDQError(f"{source}: the BOS {what} of {name} must have {size} values; found {value.numel()}")
+    return found
 
 
 def _floating_reason(name, module, weight_plan, act_plan, protect, filter_fn) -> str:
@@ -327,6 +336,17 @@ def _layer_config(name, module, bits, act_bits, params: QuantParams | None, poin
         act_zero_point=None if act_bits is None else p.act_zero_point[act_bits],
         input_groups=points if p.groups > 1 else None,
     )
+
+
+def _check_weight(name: str, weight: Tensor, input_groups: list[int] | None) -> None:
+    """Raises what quantizing the weight would raise, before any other is changed."""
+    products = max(input_groups or [weight.shape[1]]) * weight[0, 0].numel()
+    if products > MAX_REDUCTION:
+        raise UnsupportedError(
+            f"{name}: an output may be the sum of at most {MAX_REDUCTION} products; found {products}. Protect the layer"
+        )
+    if not weight.is_meta and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        raise MixDQError(f"{name}: the weight must be finite; found infinity or NaN")
 
 
 def _width_of(by_bits: Mapping[int, Tensor], bits: int, name: str, what: str, params: QuantParams) -> Tensor:

@@ -10,5 +10,6 @@ def register() -> None:
     torchao.register()
     if diffusers.make_savable not in config.after_quantize:
         config.after_quantize.append(diffusers.make_savable)
+    when_imported("diffusers.quantizers.torchao.torchao_quantizer", diffusers.complete_dequantize)
     when_imported("diffusers.loaders.peft", peft.guard_fuse_lora)
     when_imported("peft.tuners.lora.model", peft.guard_lora_model)

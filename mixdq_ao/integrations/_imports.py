@@ -1,5 +1,6 @@
-"""Run something when a library's module is imported, whether that has happened already or comes later."""
+"""Change a function of another library, whether that library is imported already, later or never."""
 
+import functools
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -41,3 +42,12 @@ def when_imported(name: str, callback: Callback) -> None:
     _watcher.callbacks[name] = callback
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
+
+
+def wrap_once(owner, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace ``owner.name`` by ``wrapper`` of it, unless that has been done."""
+    function = getattr(owner, name)
+    if not hasattr(function, "mixdq_wrapped"):
+        wrapped = functools.wraps(function)(wrapper(function))
+        wrapped.mixdq_wrapped = True
+        setattr(owner, name, wrapped)

@@ -1,11 +1,13 @@
 """diffusers: ``save_pretrained`` of a quantized model, which the stock ``from_pretrained`` can read."""
 
 import sys
+from types import ModuleType
 
 from torch import nn
 
 from mixdq_ao import families
 from mixdq_ao.config import MixDQConfig
+from mixdq_ao.integrations._imports import wrap_once
 from mixdq_ao.tensor import MixDQTensor
 
 
@@ -43,3 +45,19 @@ def make_savable(model: nn.Module) -> None:
     quantizer.validate_environment()
     model.hf_quantizer = quantizer
     model.register_to_config(quantization_config=quantizer.quantization_config)
+
+
+def complete_dequantize(module: ModuleType) -> None:
+    """Patch ``diffusers.quantizers.torchao.torchao_quantizer``, whose ``dequantize`` knows linear layers only."""
+
+    def wrapper(dequantize):
+        def _dequantize(self, model: nn.Module):
+            for layer in families.layers_of(model).values():
+                if isinstance(layer.weight, MixDQTensor):
+                    layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+                    layer.__dict__.pop("extra_repr", None)
+            return dequantize(self, model)
+
+        return _dequantize
+
+    wrap_once(module.TorchAoHfQuantizer, "_dequantize", wrapper)

@@ -5,33 +5,25 @@ better: the base call goes through our own operators, for convolutions too. Merg
 most of a LoRA to rounding, so it is refused before anything is changed.
 """
 
-import functools
 from types import ModuleType
 
 from torch import nn
 
 from mixdq_ao.errors import UnsupportedError
+from mixdq_ao.integrations._imports import wrap_once
 from mixdq_ao.tensor import MixDQTensor
 
 
 def guard_lora_model(module: ModuleType) -> None:
     """Patch ``peft.tuners.lora.model``: plain LoRA layers over quantized weights, and no merging into them."""
-    _wrap(module, "dispatch_torchao", _skip_quantized)
+    wrap_once(module, "dispatch_torchao", _skip_quantized)
     for method in ("merge_adapter", "merge_and_unload"):
-        _wrap(module.LoraModel, method, _refuse_quantized)
+        wrap_once(module.LoraModel, method, _refuse_quantized)
 
 
 def guard_fuse_lora(module: ModuleType) -> None:
     """Patch ``diffusers.loaders.peft``: fusing changes scales and floating layers before it meets a quantized one."""
-    _wrap(module.PeftAdapterMixin, "fuse_lora", _refuse_quantized)
-
-
-def _wrap(owner, name: str, wrapper) -> None:
-    function = getattr(owner, name)
-    if not hasattr(function, "mixdq_wrapped"):
-        wrapped = functools.wraps(function)(wrapper(function))
-        wrapped.mixdq_wrapped = True
-        setattr(owner, name, wrapped)
+    wrap_once(module.PeftAdapterMixin, "fuse_lora", _refuse_quantized)
 
 
 def _skip_quantized(dispatch):
