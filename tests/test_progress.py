@@ -1,0 +1,23 @@
+"""Progress bars: every item comes through, and the bar keeps quiet where it should."""
+
+import pytest
+
+from mixdq_ao.progress import track
+
+
+@pytest.mark.parametrize("show", [True, False, None], ids=["always", "never", "after two seconds on a terminal"])
+def test_every_item_comes_through(show):
+    assert list(track(iter(range(5)), "Counting", 5, show)) == list(range(5))
+
+
+@pytest.mark.parametrize("show", [False, None])
+def test_nothing_is_printed_off_a_terminal(show, capfd):
+    list(track(range(3), "Counting", show=show))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bar_goes_to_stderr(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take the captured stream for a terminal
+    list(track(range(3), "Counting", show=True))
+    out, err = capfd.readouterr()
+    assert out == "" and "Counting" in err and "3/3" in err
