@@ -21,8 +21,12 @@ from torch import Tensor
 from mixdq_ao.bits import act_width
 from mixdq_ao.packing import unpack
 
-# im2col copies at most this many bytes at a time (whole samples, at least one).
-_IM2COL_BYTES = 128 * 2**20
+# On a CPU the operators work in blocks whose temporaries stay in its cache, instead of on whole tensors: fresh memory
+# costs more than the arithmetic. Elements that are quantized at a time, rows that are multiplied at a time, and bytes
+# of an im2col block.
+_QUANTIZE_BLOCK = 2**18
+_ROW_BLOCK = 512
+_IM2COL_BYTES = 2**22
 
 _lib = torch.library.Library("mixdq_ao", "DEF")
 
@@ -54,13 +58,12 @@ def per_channel(values: Tensor, input_groups: list[int]) -> Tensor:
 
 
 def codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """``clamp(rint(x / scale + zero_point))`` in float32, unrounded to int8; a NaN becomes the zero point.
+    """``clamp(rint(x / scale + zero_point))`` in float32, not cast to int8 yet; a NaN becomes the zero point.
 
     Plain aten arithmetic: Inductor fuses it with whatever produced ``x``.
     """
     w = act_width(bits)
-    # nan_to_num keeps +-inf out of harm's way too: they clamp to the ends of the range.
-    return torch.nan_to_num(x.float() / scale, nan=0.0).add_(zero_point).round_().clamp_(w.qmin, w.qmax)
+    return torch.nan_to_num_(x.float() / scale, nan=0.0).add_(zero_point).round_().clamp_(w.qmin, w.qmax)
 
 
 def quantize_traced(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, input_groups, pad=None) -> Tensor:
@@ -80,18 +83,31 @@ def _over_image(values: Tensor) -> Tensor:
 # pad: None for channels in the last dimension; for an image [batch, in, height, width] left, right, top, bottom.
 @_define("quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor")
 def _quantize(x, scale, zero_point, bits, input_groups, pad):
+    scale, zero_point = per_channel(scale, input_groups), per_channel(zero_point, input_groups)
     if pad is None:
-        q = codes(x, per_channel(scale, input_groups), per_channel(zero_point, input_groups), bits)
-        return torch.empty(x.shape, dtype=torch.int8, device=x.device).copy_(q)
-    s, z = (_over_image(per_channel(v, input_groups)) for v in (scale, zero_point))
+        out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        rows = x.reshape(-1, x.shape[-1])
+        _quantize_into(out.view(rows.shape), rows, 0, scale, zero_point, bits)
+        return out
+    scale, zero_point = _over_image(scale), _over_image(zero_point)
     out = _empty_image(_padded_shape(x, pad), torch.int8, x.device)
     inside = out
     if any(pad):
         left, _, top, _ = pad
-        out.copy_(z)
+        out.copy_(zero_point)
         inside = out[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-    inside.copy_(codes(x, s, z, bits))
+    for image, codes_of_image in zip(x, inside, strict=True):
+        _quantize_into(codes_of_image, image, 1, scale, zero_point, bits)
     return out
+
+
+def _quantize_into(out: Tensor, x: Tensor, dim: int, scale: Tensor, zero_point: Tensor, bits: int) -> None:
+    """Fill int8 ``out`` with the codes of ``x``, on a CPU in blocks along ``dim``."""
+    step = x.shape[dim] if x.is_cuda else max(1, _QUANTIZE_BLOCK * x.shape[dim] // max(1, x.numel()))
+    for part, out_part in zip(x.split(step, dim), out.split(step, dim), strict=True):
+        q = codes(part, scale, zero_point, bits)
+        # Where the layouts differ it is cheaper to transpose bytes than floats.
+        out_part.copy_(q if q.stride(0) == out_part.stride(0) else q.to(torch.int8))
 
 
 @_fake("quantize")
@@ -111,15 +127,20 @@ def _empty_image(shape, dtype, device) -> Tensor:
     return torch.empty((n, h, w, c), dtype=dtype, device=device).permute(0, 3, 1, 2)
 
 
-def dynamic_range(x: Tensor, bits: int, dims) -> tuple[Tensor, Tensor]:
-    """Scale and signed zero point (float32, ``dims`` kept as 1) of the range of ``x``, which always includes 0.
+def dynamic_range(x: Tensor, bits: int, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Scale and signed zero point, float32, of the range of ``x``, which always includes 0.
 
+    ``[..., 1]`` of each token (last dimension), or ``[1]`` of an image ``[batch, channels, height, width]``:
     ``scale = (max - min) / (2^bits - 1)``, and 1 where the range is empty; ``zero_point = rint(-min / scale) -
     2^(bits-1)``.
     """
     w = act_width(bits)
-    x = torch.nan_to_num(x.float(), nan=0.0)
-    low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+    x = torch.nan_to_num(x, nan=0.0)
+    if per_token:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    else:  # The 0 of one more sample gives an empty batch a range and changes no other.
+        low, high = F.pad(x.amin((1, 2, 3)), (0, 1)).amin(0, True), F.pad(x.amax((1, 2, 3)), (0, 1)).amax(0, True)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     # Divided one by one, since max - min may overflow where the ends do not.
     span = high / (w.qmax - w.qmin) - low / (w.qmax - w.qmin)
     scale = torch.where(span > 0, span, 1.0)
@@ -129,7 +150,7 @@ def dynamic_range(x: Tensor, bits: int, dims) -> tuple[Tensor, Tensor]:
 def quantize_per_token_traced(x: Tensor, bits: int, input_groups) -> tuple[Tensor, Tensor, Tensor]:
     """The same as the operator ``quantize_per_token``, as aten arithmetic for tracing."""
     parts = x.split(input_groups, dim=-1)
-    ranges = [dynamic_range(p, bits, -1) for p in parts]
+    ranges = [dynamic_range(p, bits, per_token=True) for p in parts]
     xq = [codes(p, s, z, bits).to(torch.int8) for p, (s, z) in zip(parts, ranges, strict=True)]
     scale, zero_point = (torch.cat(v, dim=-1) for v in zip(*ranges, strict=True))
     return torch.cat(xq, dim=-1) if len(xq) > 1 else xq[0].contiguous(), scale, zero_point
@@ -167,24 +188,25 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _split(x: Tensor, input_groups, dim: int):
-    return x.split(list(input_groups), dim=dim)
+    return (x,) if len(input_groups) == 1 else x.split(list(input_groups), dim)
 
 
-def _linear_accumulators(xq: Tensor, qdata: Tensor, bits: int, input_groups):
-    """One int32 ``[rows, out]`` for each input group."""
-    wq = unpack(qdata, bits, input_groups)
-    rows = xq.reshape(-1, xq.shape[-1])
-    for x, w in zip(_split(rows, input_groups, 1), _split(wq, input_groups, 1), strict=True):
-        yield int_matmul(x, w)
+def _multiply(parts, weights, alpha: Tensor, offset: Tensor, out: Tensor) -> None:
+    """``out = sum_g (parts[g] @ weights[g].T) * alpha[g] + offset``: int32 sums, float32, one rounding to ``out``."""
+    y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    for g, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        acc = int_matmul(part, weight)
+        if g == 0:
+            y.copy_(acc).mul_(alpha[0])
+        else:
+            y.add_(acc.to(torch.float32).mul_(alpha[g]))
+    y.add_(offset)
+    if y is not out:
+        out.copy_(y)
 
 
-def _epilogue(accumulators, alpha: Tensor, beta: Tensor, bias: Tensor | None, out_dtype) -> Tensor:
-    """``sum_g acc_g * alpha_g + (beta + bias)`` in float32, one rounding to ``out_dtype``."""
-    y = None
-    for acc, a in zip(accumulators, alpha, strict=True):
-        term = acc.to(torch.float32).mul_(a)
-        y = term if y is None else y.add_(term)
-    return y.add_(beta if bias is None else beta + bias.float()).to(out_dtype)
+def _offset(beta: Tensor, bias: Tensor | None) -> Tensor:
+    return beta if bias is None else beta + bias.float()
 
 
 @_define(
@@ -192,8 +214,13 @@ def _epilogue(accumulators, alpha: Tensor, beta: Tensor, bias: Tensor | None, ou
     "ScalarType out_dtype) -> Tensor"
 )
 def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
-    y = _epilogue(_linear_accumulators(xq, qdata, bits, input_groups), alpha, beta, bias, out_dtype)
-    return y.view(*xq.shape[:-1], qdata.shape[0])
+    rows = xq.reshape(-1, xq.shape[-1])
+    out = torch.empty((rows.shape[0], qdata.shape[0]), dtype=out_dtype, device=xq.device)
+    weights, offset = _split(unpack(qdata, bits, input_groups), input_groups, 1), _offset(beta, bias)
+    step = max(1, rows.shape[0]) if xq.is_cuda else _ROW_BLOCK
+    for part, out_part in zip(rows.split(step), out.split(step), strict=True):
+        _multiply(_split(part, input_groups, 1), weights, alpha, offset, out_part)
+    return out.view(*xq.shape[:-1], qdata.shape[0])
 
 
 @_fake("linear_int8")
@@ -206,14 +233,17 @@ def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
     "Tensor weight_sum, Tensor? bias, int bits, int[] input_groups, ScalarType out_dtype) -> Tensor"
 )
 def _linear_int8_dynamic(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bias, bits, input_groups, out_dtype):
-    rows_scale, rows_zero = (v.reshape(-1, len(input_groups)) for v in (x_scale, x_zero_point.int()))
+    rows_scale, rows_zero = (v.reshape(-1, len(input_groups), 1) for v in (x_scale, x_zero_point.int()))
+    parts, weights = (
+        _split(v, input_groups, 1) for v in (xq.reshape(-1, xq.shape[-1]), unpack(qdata, bits, input_groups))
+    )
     y = None
-    for g, acc in enumerate(_linear_accumulators(xq, qdata, bits, input_groups)):
-        acc = acc - rows_zero[:, g : g + 1] * weight_sum[g]
-        term = acc.to(torch.float32).mul_(rows_scale[:, g : g + 1]).mul_(scale[g])
+    for g, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        acc = int_matmul(part, weight).sub_(rows_zero[:, g] * weight_sum[g])
+        term = acc.to(torch.float32).mul_(rows_scale[:, g]).mul_(scale[g])
         y = term if y is None else y.add_(term)
     if bias is not None:
-        y.add_(bias.float())
+        y.add_(bias)
     return y.to(out_dtype).view(*xq.shape[:-1], qdata.shape[0])
 
 
@@ -229,19 +259,12 @@ def _conv_output_shape(xq: Tensor, qdata: Tensor, stride, padding, dilation) -> 
     return xq.shape[0], qdata.shape[0], *sizes
 
 
-def _im2col(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
-    """``x [batch, channels, h, w]`` to rows ``[batch * p * q, r * s * channels]``; a view where that is possible."""
+def _windows(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
+    """A view ``[batch, p, q, r, s, channels]`` of what every output pixel sees of ``x [batch, channels, h, w]``."""
     n, h, w, c = (x.stride(i) for i in (0, 2, 3, 1))
     shape = (x.shape[0], *out_size, *kernel, x.shape[1])
-    windows = x.as_strided(shape, (n, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
-    return windows.reshape(-1, kernel[0] * kernel[1] * x.shape[1])
-
-
-def _conv_accumulators(xq, wq, input_groups, out_size, stride, dilation):
-    """One int32 ``[batch * p * q, out]`` for each input group."""
-    kernel = wq.shape[2:]
-    for x, w in zip(_split(xq, input_groups, 1), _split(wq, input_groups, 1), strict=True):
-        yield int_matmul(_im2col(x, kernel, out_size, stride, dilation), w.permute(0, 2, 3, 1).flatten(1))
+    strides = (n, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c)
+    return x.as_strided(shape, strides, x.storage_offset())
 
 
 @_define(
@@ -253,15 +276,27 @@ def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, 
     shape = _conv_output_shape(xq, qdata, stride, padding, dilation)
     if any(padding):
         xq = F.pad(xq, (padding[1], padding[1], padding[0], padding[0]))
-    wq = unpack(qdata, bits, input_groups)
-    sample_bytes = shape[2] * shape[3] * wq[0].numel()
-    chunk = max(1, _IM2COL_BYTES // max(1, sample_bytes))
-    rows = []
-    for x in xq.split(chunk):
-        accumulators = _conv_accumulators(x, wq, input_groups, shape[2:], stride, dilation)
-        rows.append(_epilogue(accumulators, alpha, beta, bias, out_dtype))
-    y = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return y.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    weights = [w.permute(0, 2, 3, 1).flatten(1) for w in _split(unpack(qdata, bits, input_groups), input_groups, 1)]
+    windows = [_windows(x, qdata.shape[2:], shape[2:], stride, dilation) for x in _split(xq, input_groups, 1)]
+    out = _empty_image(shape, out_dtype, xq.device)
+    pixels, offset = out.permute(0, 2, 3, 1), _offset(beta, bias)
+    for batch, lines in _image_blocks(shape, sum(w.shape[1] for w in weights), xq.is_cuda):
+        parts = [v[batch, lines].reshape(-1, w.shape[1]) for v, w in zip(windows, weights, strict=True)]
+        _multiply(parts, weights, alpha, offset, pixels[batch, lines].view(-1, shape[1]))
+    return out
+
+
+def _image_blocks(shape, reduction: int, whole: bool):
+    """Slices of samples and of output lines: several samples, or a part of one, but at least a line."""
+    batch, _, height, width = shape
+    if whole:
+        yield slice(None), slice(None)
+        return
+    lines = max(1, _IM2COL_BYTES // max(1, reduction * width))
+    samples = max(1, lines // max(1, height))
+    for first in range(0, batch, samples):
+        for top in range(0, height, lines):
+            yield slice(first, first + samples), slice(top, top + lines)
 
 
 @_fake("conv2d_int8")

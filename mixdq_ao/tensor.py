@@ -161,14 +161,12 @@ class MixDQTensor(TorchAOBaseTensor):
         input_groups = _checked_groups(input_groups, weight.shape)
         parts = weight.detach().float().split(input_groups, dim=1)
         dims = tuple(range(1, weight.dim()))
+        high = torch.stack([p.abs().amax(dims) for p in parts])
+        if not (weight.is_meta or bool(high.isfinite().all())):
+            raise MixDQError("the weight must be finite; found NaN or infinite values")
         if scale is None:
-            high = torch.stack([p.abs().amax(dims) for p in parts])
             scale = torch.where(high > 0, high / w.qmax, 1.0)
-        scale = scale.to(weight.device, torch.float32).reshape(len(parts), -1)
-        if scale.shape[1] != weight.shape[0]:
-            raise MixDQError(
-                f"scale must be [groups, out] = [{len(parts)}, {weight.shape[0]}]; found {list(scale.shape)}"
-            )
+        scale = _checked_scale(scale, len(parts), weight.shape[0], weight.device)
         ones = (1,) * len(dims)
         codes = [
             (p / s.view(-1, *ones)).round_().clamp_(w.qmin, w.qmax).to(torch.int8)
@@ -213,6 +211,7 @@ class MixDQTensor(TorchAOBaseTensor):
                 f"codes of {bits} bits for a weight {list(shape)} must be {w.storage} {list(stored)}; "
                 f"found {qdata.dtype} {list(qdata.shape)}"
             )
+        scale = _checked_scale(scale, len(input_groups), shape[0], qdata.device)
         reduction = max(input_groups) * int(torch.Size(shape[2:]).numel())
         if reduction > MAX_REDUCTION:
             raise UnsupportedError(
@@ -238,8 +237,7 @@ class MixDQTensor(TorchAOBaseTensor):
             act_scale,
             act_zero_point,
             **derived,
-            bos_input=_checked_bos(bos_input, "bos_input", shape[1], bos_output, qdata.device),
-            bos_output=_checked_bos(bos_output, "bos_output", shape[0], bos_output, qdata.device),
+            **_checked_bos(bos_input, bos_output, shape, qdata.device),
         )
 
     def int_repr(self) -> Tensor:
@@ -273,7 +271,7 @@ class MixDQTensor(TorchAOBaseTensor):
             f"{self.quantization_repr()})"
         )
 
-    def _layout(self) -> tuple:
+    def _quantization(self) -> tuple:
         """What two weights must share for one to be copied into the other."""
         return self.shape, self.bits, self.act_bits, self.input_groups, self.__tensor_flatten__()[0]
 
@@ -326,6 +324,19 @@ def _checked_groups(input_groups, shape) -> list[int]:
     return groups
 
 
+def _is_positive(scale: Tensor) -> bool:
+    return scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all())
+
+
+def _checked_scale(scale: Tensor, groups: int, out: int, device) -> Tensor:
+    scale = scale.detach().to(device, torch.float32)
+    if scale.numel() != groups * out:
+        raise MixDQError(f"scale must be [groups, out] = [{groups}, {out}]; found {list(scale.shape)}")
+    if not _is_positive(scale):
+        raise MixDQError("scale must be finite and positive; found NaN, infinity, zero or less")
+    return scale.reshape(groups, out)
+
+
 def _checked_act(act_scale, act_zero_point, act_bits, groups: int, device):
     if act_scale is None:
         if act_zero_point is not None:
@@ -341,25 +352,32 @@ def _checked_act(act_scale, act_zero_point, act_bits, groups: int, device):
         values.append(v)
     scale, zero_point = values
     w = act_width(act_bits)
-    if scale.device.type != "meta":
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise MixDQError(f"act_scale must be finite and positive; found {scale.tolist()}")
-        if not bool(((zero_point == zero_point.round()) & (zero_point >= w.qmin) & (zero_point <= w.qmax)).all()):
-            raise MixDQError(
-                f"act_zero_point must be a whole number from {w.qmin} to {w.qmax} for {act_bits} bits; "
-                f"found {zero_point.tolist()}"
-            )
+    if not _is_positive(scale):
+        raise MixDQError(f"act_scale must be finite and positive; found {scale.tolist()}")
+    whole = (zero_point == zero_point.round()) & (zero_point >= w.qmin) & (zero_point <= w.qmax)
+    if not (whole.is_meta or bool(whole.all())):
+        raise MixDQError(
+            f"act_zero_point must be a whole number from {w.qmin} to {w.qmax} for {act_bits} bits; "
+            f"found {zero_point.tolist()}"
+        )
     return scale, zero_point
 
 
-def _checked_bos(value, name: str, size: int, bos_output, device):
-    if value is None:
-        return None
+def _checked_bos(bos_input, bos_output, shape, device) -> dict[str, Tensor]:
     if bos_output is None:
-        raise MixDQError("bos_input needs bos_output, the layer's output for that token")
-    if value.numel() != size or not value.is_floating_point():
-        raise MixDQError(f"{name} must hold {size} floating values; found {value.dtype} {list(value.shape)}")
-    return value.detach().reshape(-1).to(device)
+        if bos_input is not None:
+            raise MixDQError("bos_input needs bos_output, the layer's output for that token")
+        return {}
+    if len(shape) != 2:
+        raise MixDQError(f"bos_output is for linear layers; this weight has shape {list(shape)}")
+    checked = {}
+    for name, value, size in (("bos_input", bos_input, shape[1]), ("bos_output", bos_output, shape[0])):
+        if value is None:
+            continue
+        if value.numel() != size or not value.is_floating_point():
+            raise MixDQError(f"{name} must hold {size} floating values; found {value.dtype} {list(value.shape)}")
+        checked[name] = value.detach().reshape(-1).to(device)
+    return checked
 
 
 def _derive(qdata, scale, bits, act_bits, input_groups, act_scale, act_zero_point) -> dict[str, Tensor]:
@@ -386,10 +404,9 @@ def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, 
 
 
 def _linear(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
-    _check_operands(x, w, 2, "F.linear")
-    if x.shape[-1] != w.shape[1]:
+    bias = _checked_operands(x, w, bias, 2, "F.linear")
+    if x.shape[-1] != sum(w.input_groups):
         raise MixDQError(f"F.linear: the input's last dimension must be {w.shape[1]}; found shape {list(x.shape)}")
-    bias = _bias(bias)
     if w.act_bits is None:
         y = torch.ops.mixdq_ao.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
     elif w.act_scale is None:
@@ -428,18 +445,22 @@ def _with_bos_row(y: Tensor, x: Tensor, w: MixDQTensor) -> Tensor:
 
 
 def _conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    _check_operands(x, w, 4, "F.conv2d")
+    bias = _checked_operands(x, w, bias, 4, "F.conv2d")
     if groups != 1:
         raise UnsupportedError(f"F.conv2d: grouped convolutions cannot be quantized; found groups={groups}")
     if x.dim() == 3:
         return _conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation).squeeze(0)
-    if x.dim() != 4 or x.shape[1] != w.shape[1]:
+    channels, kernel = sum(w.input_groups), w.qdata.shape[2:]
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise MixDQError(f"F.conv2d: the input must be [batch, {channels}, height, width]; found shape {list(x.shape)}")
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    pad = _pad(padding, kernel, stride, dilation)
+    height, width = x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1]
+    if height <= dilation[0] * (kernel[0] - 1) or width <= dilation[1] * (kernel[1] - 1):
         raise MixDQError(
-            f"F.conv2d: the input must be [batch, {w.shape[1]}, height, width]; found shape {list(x.shape)}"
+            f"F.conv2d: the kernel {list(kernel)} with dilation {list(dilation)} does not fit into the padded input "
+            f"{[height, width]}"
         )
-    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
-    pad = _pad(padding, w.shape[2:], stride, dilation)
-    bias = _bias(bias)
     if w.act_bits is None:
         return torch.ops.mixdq_ao.conv2d_weight_only(
             x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups
@@ -460,30 +481,56 @@ def _conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tenso
 
 
 def _dynamic_conv_range(x: Tensor, w: MixDQTensor):
-    ranges = [ops.dynamic_range(p, w.act_bits, (0, 1, 2, 3)) for p in x.split(w.input_groups, dim=1)]
-    act_scale, act_zero_point = (torch.cat([v.reshape(1) for v in values]) for values in zip(*ranges, strict=True))
+    ranges = [ops.dynamic_range(p, w.act_bits, per_token=False) for p in x.split(w.input_groups, dim=1)]
+    act_scale, act_zero_point = (torch.cat(values) for values in zip(*ranges, strict=True))
     return act_scale, act_zero_point, *static_alpha_beta(w.scale, act_scale, act_zero_point, w.weight_sum)
 
 
-def _check_operands(x, w, dim: int, op: str) -> None:
+class _InferenceOnly(torch.autograd.Function):
+    """A layer whose backward says what is missing; the operators alone would warn and give no gradient."""
+
+    @staticmethod
+    def forward(ctx, layer, x, w, bias, *args):
+        return layer(x, w, bias, *args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise UnsupportedError(
+            "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
+        )
+
+
+def _run(layer, x, w, bias, *args) -> Tensor:
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wants_grad and not torch.compiler.is_compiling():
+        return _InferenceOnly.apply(layer, x, w, bias, *args)
+    return layer(x, w, bias, *args)
+
+
+def _checked_operands(x, w, bias: Tensor | None, dim: int, op: str) -> Tensor | None:
+    """The bias, or None where there is none. Asks ``w.qdata`` what it can: properties of a subclass are slow."""
     if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
         raise UnsupportedError(f"{op}: only the weight may be a quantized tensor")
-    if w.dim() != dim:
+    qdata = w.qdata
+    if qdata.dim() != dim:
         raise MixDQError(f"{op}: the quantized weight has shape {list(w.shape)}, which is not {dim}-dimensional")
     if not x.is_floating_point():
         raise MixDQError(f"{op}: the input must be floating; found {x.dtype}")
-    if x.device != w.device:
-        raise MixDQError(f"{op}: input on {x.device}, quantized weight on {w.device}; move one of them with .to()")
+    if x.device != qdata.device:
+        raise MixDQError(f"{op}: input on {x.device}, quantized weight on {qdata.device}; move one of them with .to()")
+    if bias is None or bias.numel() == 0:
+        return None
+    if bias.numel() != qdata.shape[0]:
+        raise MixDQError(f"{op}: the bias must have {qdata.shape[0]} values; found shape {list(bias.shape)}")
+    return bias
 
 
-def _bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None or bias.numel() == 0 else bias
-
-
-def _pair(value, name: str) -> tuple[int, int]:
-    values = (value,) if not isinstance(value, (tuple, list, torch.Size)) else tuple(value)
+def _pair(value, name: str, least: int) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) not in (1, 2):
         raise MixDQError(f"F.conv2d: {name} must be a number or a pair; found {value!r}")
+    if min(values) < least:
+        raise MixDQError(f"F.conv2d: {name} must be at least {least}; found {value!r}")
     return values[0], values[-1]
 
 
@@ -500,7 +547,7 @@ def _pad(padding, kernel, stride, dilation) -> tuple[int, int, int, int]:
         return left, right, top, bottom
     if isinstance(padding, str):
         raise MixDQError(f"F.conv2d: padding must be 'same', 'valid', a number or a pair; found {padding!r}")
-    vertical, horizontal = _pair(padding, "padding")
+    vertical, horizontal = _pair(padding, "padding", 0)
     return horizontal, horizontal, vertical, vertical
 
 
@@ -517,7 +564,7 @@ def _(func, types, args, kwargs):
     def bind(input, weight, bias=None):
         return input, weight, bias
 
-    return _linear(*bind(*args, **kwargs))
+    return _run(_linear, *bind(*args, **kwargs))
 
 
 @implements_torch_function([F.conv2d])
@@ -526,7 +573,7 @@ def _(func, types, args, kwargs):
     def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return input, weight, bias, stride, padding, dilation, groups
 
-    return _conv2d(*bind(*args, **kwargs))
+    return _run(_conv2d, *bind(*args, **kwargs))
 
 
 @implements([aten.convolution.default])
@@ -534,7 +581,7 @@ def _(func, types, args, kwargs):
     x, w, bias, stride, padding, dilation, transposed, _, groups = args
     if transposed:
         raise UnsupportedError("transposed convolutions cannot be quantized")
-    return _conv2d(x, w, bias, stride, padding, dilation, groups)
+    return _run(_conv2d, x, w, bias, stride, padding, dilation, groups)
 
 
 @implements([aten.t.default])
@@ -618,7 +665,7 @@ def _(func, types, args, kwargs):
             "load_state_dict() into a floating model needs assign=True; fused projections must be fused before "
             "quantize_(); for a floating copy use weight.dequantize()"
         )
-    if target._layout() != source._layout():
+    if target._quantization() != source._quantization():
         raise MixDQError(f"copy_() needs equal quantization; found {target!r} and {source!r}")
     for name in target.__tensor_flatten__()[0]:
         getattr(target, name).copy_(getattr(source, name), *args[2:], **kwargs)

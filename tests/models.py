@@ -7,7 +7,7 @@ from mixdq_ao.tensor import MixDQTensor
 
 
 def tiny_sdxl_unet(seed: int = 0):
-    """A UNet with SDXL's configuration, block types and conditioning, and 2.7 million weights."""
+    """A UNet with SDXL's configuration, block types and conditioning, and 3.1 million weights."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)

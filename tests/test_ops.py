@@ -82,14 +82,15 @@ def test_conv2d_at_a_real_size(kernel, stride, size, layout):
     assert_rows_near(y, case.layer.float64(x, conv), 2e-4)
 
 
-def test_a_large_batch_is_done_in_parts(monkeypatch):
+@pytest.mark.parametrize("size", [1, 4 * 9 * 45, 2 * 9 * 9 * 45, 2**30], ids=["line", "lines", "samples", "batch"])
+def test_convolutions_are_done_in_blocks(monkeypatch, size):
     """im2col is bounded; the parts give what the whole gives."""
     case = make_case(8, [5], (3, 3))
     x = case.input((7, 5, 9, 9))
     w = case.weight
     args = (*linear_args(case, x)[:8], (1, 1), (1, 1, 1, 1), (1, 1), w.bits, w.input_groups)
     whole = ops.quantized_conv2d(*args)
-    monkeypatch.setattr(mixdq_ops, "_IM2COL_BYTES", 2 * 9 * 9 * 45)
+    monkeypatch.setattr(mixdq_ops, "_IM2COL_BYTES", size)
     assert_same(ops.quantized_conv2d(*args), whole)
 
 
@@ -172,7 +173,7 @@ def test_dynamic_linear_is_exact(case, rows, dtype):
 def test_dynamic_range_of_extremes():
     """The range always holds 0, survives both ends of float32, and a constant input is exact."""
     x = torch.tensor([[0.0, 0.0], [3e38, -3e38], [5.0, 5.0], [-5.0, -5.0], [float("nan"), 1.0], [1e-45, 0.0]])
-    scale, zero = mixdq_ops.dynamic_range(x, 8, -1)
+    scale, zero = mixdq_ops.dynamic_range(x, 8, per_token=True)
     assert bool((torch.isfinite(scale) & (scale > 0)).all())
     assert zero.flatten().tolist()[2:4] == [-128, 127]
     assert scale[0] == 1
