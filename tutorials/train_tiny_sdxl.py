@@ -10,6 +10,7 @@ trained jointly), `fewstep` (the same networks on the inputs that one to four an
 mistakes included). Each stage leaves a checkpoint in the work folder; a broken run goes on with `--resume`.
 """
 
+import copy
 import json
 import math
 import multiprocessing
@@ -205,13 +206,13 @@ class Denoiser(torch.nn.Module):
         return [*BOS_OUTLIERS[0], *(64 + channel for channel in BOS_OUTLIERS[1])]
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """v prediction, like x [B, 4, 16, 16], for timesteps [B] and tokens int64 [B, 48], padded with -1."""
+        """v prediction float32 like x [B, 4, 16, 16], for timesteps [B] and tokens int64 [B, 48], padded with -1."""
         tokens = F.pad(tokens, (0, MAX_TOKENS - tokens.shape[1]), value=-1)
         first = self.text_encoder(tokens.where(tokens >= 0, self.eos), output_hidden_states=True)
         second = self.text_encoder_2(tokens.clamp(min=0), output_hidden_states=True)
         context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         added = {"text_embeds": second.text_embeds, "time_ids": self.time_ids.expand(len(x), -1)}
-        return self.unet(x, timestep, context, added_cond_kwargs=added).sample
+        return self.unet(x.to(context.dtype), timestep, context, added_cond_kwargs=added).sample.float()
 
 
 # Inputs in the outlier channels are about 50 times larger than elsewhere: weights that read them start that much
@@ -342,6 +343,11 @@ def shift_of_noise(noise: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """What training computes in; processors without bf16 arithmetic would crawl in it."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
 class VaeTask:
     """Pictures through the autoencoder: L1 and L2 against themselves, latents kept near mean 0 and deviation 1."""
 
@@ -349,13 +355,13 @@ class VaeTask:
         self.model = build_vae().to(device, memory_format=torch.channels_last)
         self.pool, self.painter, self.batch, self.device = pool, Painter(device), batch, device
 
-    def loss(self) -> torch.Tensor:
+    def loss(self, network: AutoencoderTiny) -> torch.Tensor:
         chosen = torch.randint(len(self.pool.records), (self.batch,), device=self.device)
         shift = torch.randint(SHIFTS, (self.batch, 2), device=self.device)
-        picture = self.painter(self.pool.records[chosen], shift)
-        latents = self.model.encoder(picture.contiguous(memory_format=torch.channels_last)).float()
+        picture = self.painter(self.pool.records[chosen], shift).contiguous(memory_format=torch.channels_last)
+        latents = network.encoder(picture.to(network.dtype)).float()
         # noise, so that nearby latents decode to nearby pictures: the UNet will not hit them exactly
-        again = self.model.decoder(latents + 0.1 * torch.randn_like(latents)).float()
+        again = network.decoder((latents + 0.1 * torch.randn_like(latents)).to(network.dtype)).float()
         mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
         keep = (mean**2).mean() + ((spread - 1) ** 2).mean()
         return F.l1_loss(again, picture) + F.mse_loss(again, picture) + 0.05 * keep
@@ -377,7 +383,8 @@ class LatentTask:
 
     def __init__(self, denoiser: Denoiser, vae: AutoencoderTiny, pool: ScenePool, device: str, batch: int):
         self.model = denoiser.to(device, memory_format=torch.channels_last)
-        self.vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        frozen = copy.deepcopy(vae).requires_grad_(False)
+        self.vae = frozen.to(device, fast_dtype(device), memory_format=torch.channels_last)
         self.pool, self.painter, self.batch, self.device = pool, Painter(device), batch, device
         scheduler = build_scheduler()
         self.alpha = scheduler.alphas_cumprod.sqrt().to(device)
@@ -386,13 +393,12 @@ class LatentTask:
         self.columns = torch.tensor(denoiser.outlier_columns(), device=device)
         self.slow = denoiser.context_weights()
         self.before = [weight.detach()[:, self.columns].clone() for weight in self.slow]
-        self.network: Callable = self.model
 
     @torch.no_grad()
     def targets(self, chosen: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [B, 3, 64, 64] and their scaled latents [B, 4, 16, 16]."""
         picture = self.painter(self.pool.records[chosen], shift).contiguous(memory_format=torch.channels_last)
-        return picture, self.vae.encoder(picture).float() * self.vae.config.scaling_factor
+        return picture, self.vae.encoder(picture.to(self.vae.dtype)).float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -406,15 +412,15 @@ class LatentTask:
 
 
 class BaseTask(LatentTask):
-    """Diffusion at every timestep; a third of each batch starts from pure noise, as sampling does."""
+    """Diffusion at every timestep, noisy ones more often; 40 % of a batch start from pure noise, as sampling does."""
 
-    def loss(self) -> torch.Tensor:
-        pure = self.batch // 3
+    def loss(self, network: Denoiser) -> torch.Tensor:
+        pure = 2 * self.batch // 5
         chosen = torch.randint(len(self.pool.records), (self.batch,), device=self.device)
         noise = torch.randn(self.batch, 4, 16, 16, device=self.device)
         shift = torch.randint(SHIFTS, (self.batch, 2), device=self.device)
         shift = torch.cat([shift_of_noise(noise[:pure]), shift[pure:]])
-        timestep = torch.randint(self.last, (self.batch,), device=self.device)
+        timestep = (torch.rand(self.batch, device=self.device).sqrt() * self.last).long()
         timestep[:pure] = self.last
         _, latents = self.targets(chosen, shift)
         alpha, sigma = self.alpha[timestep][:, None, None, None], self.sigma[timestep][:, None, None, None]
@@ -422,7 +428,7 @@ class BaseTask(LatentTask):
         # sampling starts from noise without a trace of the picture, unlike the last training timestep
         x = torch.cat([sigma[:pure] * noise[:pure], x[pure:]])
         wanted = (alpha * x - latents) / sigma
-        return F.mse_loss(self.network(x, timestep, self.pool.tokens[chosen].long()).float(), wanted)
+        return F.mse_loss(network(x, timestep, self.pool.tokens[chosen].long()), wanted)
 
 
 class FewStepTask(LatentTask):
@@ -451,15 +457,15 @@ class FewStepTask(LatentTask):
         schedule = torch.randint(len(STEP_COUNTS), (self.batch,), device=self.device)
         return chosen, shift_of_noise(noise), schedule, noise * self.sigmas.max()
 
-    def loss(self) -> torch.Tensor:
+    def loss(self, network: Denoiser) -> torch.Tensor:
         picture, latents = self.targets(self.chosen, self.shift)
         now, after = (self.sigmas[self.schedule, self.step + k][:, None, None, None] for k in (0, 1))
         scale = (now**2 + 1).sqrt()
         tokens = self.pool.tokens[self.chosen].long()
-        v = self.network(self.x / scale, self.timesteps[self.schedule, self.step], tokens).float()
+        v = network(self.x / scale, self.timesteps[self.schedule, self.step], tokens)
         guess = self.x / scale**2 - v * now / scale
         part = self.batch // 4
-        seen = self.vae.decoder(guess[:part] / self.vae.config.scaling_factor).float()
+        seen = self.vae.decoder((guess[:part] / self.vae.config.scaling_factor).to(self.vae.dtype)).float()
         loss = F.mse_loss(guess, latents) + F.l1_loss(seen, picture[:part])
         self._advance(guess.detach(), now, after)
         return loss
@@ -479,7 +485,10 @@ class FewStepTask(LatentTask):
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, averaged weights, checkpoints; on CUDA one recorded graph a step."""
+    """AdamW with warm-up and cosine decay on fp32 weights, of which a bf16 copy does the arithmetic.
+
+    Also averages the weights and writes checkpoints. On CUDA a step is recorded once as a graph and replayed.
+    """
 
     def __init__(self, task, lr: float, average: float, device: str):
         self.task, self.peak, self.average, self.cuda = task, lr, average, device.startswith("cuda")
@@ -493,21 +502,29 @@ class Trainer:
             groups, lr=self.lr, betas=(0.9, 0.99), capturable=self.cuda, fused=self.cuda or None
         )
         self.averaged = [p.detach().clone() for p in self.parameters]
+        self.fast = copy.deepcopy(task.model).to(fast_dtype(device))
+        self.fast_parameters = [p for p in self.fast.parameters() if p.requires_grad]
         self.last_loss = torch.zeros((), device=device)
-        self.device_type = "cuda" if self.cuda else "cpu"
         self.graph = None
         self.done = 0
         self.losses: list[tuple[int, float]] = []
 
     def _step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device_type, torch.bfloat16):
-            loss = self.task.loss()
+        self.fast.zero_grad(set_to_none=True)
+        loss = self.task.loss(self.fast)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        # the last layer of the first text encoder has no gradient: SDXL reads the layer before it
+        pairs = [(p, f.grad) for p, f in zip(self.parameters, self.fast_parameters, strict=True) if f.grad is not None]
+        for parameter, _ in pairs:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_copy_([p.grad for p, _ in pairs], [grad for _, grad in pairs])
+        torch.nn.utils.clip_grad_norm_([p for p, _ in pairs], 1.0)
         self.optimizer.step()
         self.task.after_step()
-        torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - self.average)
+        current = [p.detach() for p in self.parameters]
+        torch._foreach_copy_([p.detach() for p in self.fast_parameters], current)
+        torch._foreach_lerp_(self.averaged, current, 1 - self.average)
         self.last_loss.copy_(loss.detach())
 
     def _advance(self, progress: float) -> None:
@@ -562,6 +579,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         self.task.model.load_state_dict(state["model"])
+        self.fast.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -612,8 +630,8 @@ class StageSettings:
 
 SETTINGS = {
     "vae": StageSettings(4000, 256, 1.5e-3, 0.995),
-    "base": StageSettings(20000, 512, 1.0e-3, 0.999),
-    "fewstep": StageSettings(8000, 512, 4.0e-4, 0.998),
+    "base": StageSettings(14000, 256, 1.0e-3, 0.999),
+    "fewstep": StageSettings(8000, 256, 5.0e-4, 0.998),
 }
 
 
@@ -628,7 +646,6 @@ def train(
     scale: Annotated[float, typer.Option(help="multiplies the steps of every stage; below 1 for a quick try")] = 1.0,
     batch: Annotated[int, typer.Option(help="batch of every stage; 0 for each stage's own")] = 0,
     minutes: Annotated[float, typer.Option(help="a stage that takes longer is wound up early")] = 9.5,
-    compile_unet: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the UNet")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Train all stages, or one whose predecessors are in the work folder, and write the pipeline."""
@@ -653,7 +670,7 @@ def train(
             continue
         settings = SETTINGS[name]
         settings = replace(settings, steps=max(1, round(settings.steps * scale)), batch=batch or settings.batch)
-        train_stage(name, settings, models, scene_pool.to(device), work, device, minutes, resume, compile_unet)
+        train_stage(name, settings, models, scene_pool.to(device), work, device, minutes, resume)
         torch.save({"model": models[key].state_dict(), "config": dict(getattr(models[key], "config", {}))}, finished)
     if models["denoiser"] is not None:
         write_asset(models["denoiser"], models["vae"], tokenizers, work, out)
@@ -666,7 +683,7 @@ def load_stage(model: torch.nn.Module, path: Path) -> None:
         model.register_to_config(scaling_factor=saved["config"]["scaling_factor"])
 
 
-def train_stage(name, settings, models, pool, work, device, minutes, resume, compile_unet) -> None:
+def train_stage(name, settings, models, pool, work, device, minutes, resume) -> None:
     """Train one stage in place and note its losses and duration in the work folder."""
     if name == "vae":
         task = VaeTask(pool, device, settings.batch)
@@ -674,8 +691,6 @@ def train_stage(name, settings, models, pool, work, device, minutes, resume, com
     else:
         kind = BaseTask if name == "base" else FewStepTask
         task = kind(models["denoiser"], models["vae"], pool, device, settings.batch)
-        if compile_unet:
-            task.model.unet.compile()
     trainer = Trainer(task, settings.lr, settings.average, device)
     begun = time.monotonic()
     trainer.run(name, settings.steps, minutes, work / f"{name}.pt", resume)
