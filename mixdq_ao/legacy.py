@@ -165,8 +165,8 @@ def attach_bos(params: QuantParams, path) -> None:
         layer = params.layers.get(name)
         if layer is None:
             raise CheckpointError(path, name, "must be a layer of the checkpoint", advice=f"It is {params.source}.")
-        out_channels = next(iter(layer.weight_scale.values())).shape[1]
-        if output.numel() != out_channels:
-            raise CheckpointError(path, name, f"must have {out_channels} values", str(output.numel()))
+        for scale in layer.weight_scale.values():
+            if output.numel() != scale.shape[1]:
+                raise CheckpointError(path, name, f"must have {scale.shape[1]} values", str(output.numel()))
     for name, output in outputs.items():
         params.layers[name].bos_output = output

@@ -8,8 +8,6 @@ attributes, the model's class and config, and why layers stayed floating are JSO
 import importlib
 import inspect
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +33,7 @@ from mixdq_ao.errors import CheckpointError, MixDQError, name_list
 from mixdq_ao.files import DTYPE_NAMES, DTYPES, METADATA_KEY, TensorFile, check_exact_keys, write_tensors
 from mixdq_ao.packing import packed_channels
 from mixdq_ao.plan import YAML_SUFFIXES, BitPlan
+from mixdq_ao.progress import track
 from mixdq_ao.tensor import MixDQTensor
 
 FORMAT = "mixdq_ao.model"
@@ -137,16 +136,16 @@ def load(path, *, model: nn.Module | None = None, device="cpu", progress: Progre
         if name not in modules:
             file.fail(f"{METADATA_KEY}.reasons", "must name modules of the model", name)
     loaded, total, done = {}, sum(entry.nbytes for entry in file.entries.values()), 0
-    with _Report(progress) as report:
-        for name, slot in slots.items():
-            attributes = values["quantized"].get(name)
-            if attributes is None:
-                loaded[name] = _read_plain(file, name, slot, device)
-                done += file.entries[name].nbytes
-            else:
-                loaded[name] = _read_quantized(file, name, attributes, slot, device)
-                done += sum(file.entries[key].nbytes for key in _keys(file, name))
-            report(done, total)
+    for name, slot in track(slots.items(), "Loading", total=len(slots), show=False if progress else None):
+        attributes = values["quantized"].get(name)
+        if attributes is None:
+            loaded[name] = _read_plain(file, name, slot, device)
+            done += file.entries[name].nbytes
+        else:
+            loaded[name] = _read_quantized(file, name, attributes, slot, device)
+            done += sum(file.entries[key].nbytes for key in _keys(file, name))
+        if progress:
+            progress(done, total)
     for name, value in loaded.items():
         _assign(modules, name, value)
     for name, reason in values["reasons"].items():
@@ -340,35 +339,6 @@ def _check_complete(file: TensorFile, model: nn.Module) -> None:
     if missing:
         advice = "Build the model yourself and give it as model=."
         file.fail(missing[0], "every buffer must be stored in the file", f"none for {name_list(missing)}", advice)
-
-
-class _Report:
-    """Context of a callback ``report(done, total)``: the given one, or a bar that appears after two seconds."""
-
-    DELAY = 2.0
-
-    def __init__(self, progress: Progress | None):
-        self.progress, self.bar, self.task = progress, None, None
-        self.start = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self.progress or self._show
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _show(self, done: int, total: int) -> None:
-        if self.bar is None:
-            if done == total or time.monotonic() - self.start < self.DELAY or not sys.stderr.isatty():
-                return
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("Loading", total=total)
-        self.bar.update(self.task, completed=done)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_slow_loading_shows_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     model_file.save(quantized_small(), tmp_path / "m.safetensors")
     model_file.load(tmp_path / "m.safetensors", model=Small())
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(model_file._Report, "DELAY", 0.0)
+    monkeypatch.setattr("mixdq_ao.progress.DELAY_SECONDS", -1.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     model_file.load(tmp_path / "m.safetensors", model=Small())
     assert "Loading" in capsys.readouterr().err
