@@ -296,10 +296,11 @@ def load_pickle(path):
             rule = "a pickle may hold only tensors, dicts, lists, strings and numbers"
             raise CheckpointError(path, "", rule, found[1] if found else "something else", "It was not run.") from error
         except Exception as error:  # the unpickler meets hostile bytes here and raises almost anything
-            raise CheckpointError(path, "", "must be a file written by torch.save", _first_line(error)) from error
+            raise CheckpointError(path, "", "must be a file written by torch.save", first_line(error)) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough for a message of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

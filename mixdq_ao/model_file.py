@@ -30,7 +30,7 @@ from mixdq_ao.checkpoint import (
     read_metadata,
 )
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
-from mixdq_ao.files import DTYPE_NAMES, DTYPES, METADATA_KEY, TensorFile, check_exact_keys, write_tensors
+from mixdq_ao.files import DTYPE_NAMES, DTYPES, METADATA_KEY, TensorFile, check_exact_keys, first_line, write_tensors
 from mixdq_ao.packing import packed_channels
 from mixdq_ao.plan import YAML_SUFFIXES, BitPlan
 from mixdq_ao.progress import track
@@ -241,8 +241,7 @@ def _build(file: TensorFile, values: dict) -> nn.Module:
         with torch.device("meta"):
             return model_class(**config)
     except Exception as error:  # the constructor meets hostile values here and raises almost anything
-        found = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(file.path, f"{METADATA_KEY}.config", f"must build a {name}", found) from error
+        raise CheckpointError(file.path, f"{METADATA_KEY}.config", f"must build a {name}", first_line(error)) from error
     finally:
         hook.remove()
 
