@@ -43,8 +43,17 @@ def family_of(model: nn.Module) -> ModelFamily:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear and 2-D convolution layer of ``model`` by name, in order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    """Every linear and 2-D convolution layer of ``model`` by name, in order.
+
+    It looks through peft's wrappers: a layer under a LoRA keeps its name, and what the LoRA adds is no layer.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            parts = name.split(".")
+            if not any(part.startswith("lora_") for part in parts):
+                found[".".join(part for part in parts if part != "base_layer")] = module
+    return found
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -60,7 +69,7 @@ def split_points(model: nn.Module) -> dict[str, list[int]]:
     """
     if not all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):
         return {}
-    skips = [model.conv_in.out_channels]
+    skips = [model.conv_in.weight.shape[0]]
     for block in model.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         if getattr(block, "downsamplers", None):
