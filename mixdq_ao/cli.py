@@ -104,6 +104,70 @@ def inspect(
 
 
 @app.command()
+def allocate(
+    quality_scores: Annotated[Path, typer.Option(help="Score table of the quality layers: SQNR in dB.")],
+    sizes: Annotated[Path, typer.Option(help="Size table of the layers to allocate.")],
+    out: Annotated[Path, typer.Option(help="The plan to write, .yaml or .json.")],
+    content_scores: Annotated[
+        Path | None, typer.Option(help="Score table of the content layers: SSIM of pictures.")
+    ] = None,
+    content_bits: Annotated[float | None, typer.Option(help="Upper edge of the content layers' mean bits.")] = None,
+    quality_bits: Annotated[float | None, typer.Option(help="Upper edge of the quality layers' mean bits.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Mean bits of all layers.")] = None,
+    budget_mib: Annotated[float | None, typer.Option(help="MiB for all codes, scales and biases not counted.")] = None,
+    size_unit: Annotated[
+        float | None, typer.Option(help="Weights that a size of 1 stands for: 11520 in the original's tables.")
+    ] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="One program for all layers instead of one a group.")] = False,
+    kind: Annotated[str, typer.Option(help="weight or act.")] = "weight",
+    family: Annotated[str, typer.Option(help="Whose names tell content layers: sdxl, sd or generic.")] = "sdxl",
+    protect: Annotated[Path | None, typer.Option(help="List of layers that stay floating.")] = None,
+    pareto: Annotated[Path | None, typer.Option(help="PNG of the sweep's allocations.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Choose a width for each layer from score tables, within a budget.
+
+    Give --content-bits and --quality-bits, or --budget, or --budget-mib. The last two try many ratios of the groups'
+    budgets and take the plan with the least summed error energy.
+    """
+    from mixdq_ao import allocate as library
+    from mixdq_ao import families
+    from mixdq_ao.plan import read_names
+    from mixdq_ao.tables import read_scores, read_sizes
+
+    if family not in families.FAMILIES:
+        raise MixDQError(f"--family must be one of {', '.join(families.FAMILIES)}; found {family!r}")
+    result = library.run(
+        library.problem(
+            read_scores(content_scores) if content_scores else None,
+            read_scores(quality_scores),
+            read_sizes(sizes),
+            kind=kind,
+            family=families.FAMILIES[family],
+            protect=read_names(protect) if protect else (),
+        ),
+        group_bits={
+            name: bits
+            for name, bits in ((library.CONTENT, content_bits), (library.QUALITY, quality_bits))
+            if bits is not None
+        },
+        budget=budget,
+        budget_bytes=None if budget_mib is None else budget_mib * 2**20,
+        size_unit=size_unit,
+        one_scale=joint,
+        progress=False if json else None,
+    )
+    result.chosen.plan.write(out)
+    if pareto:
+        library.plot_front(result.points, pareto, result.chosen)
+    if json:
+        print(jsonlib.dumps(library.as_json(result), indent=1))
+        return
+    _print_table("", library.HEADER, [library.cells(a, a is result.chosen) for a in result.points])
+    _console().print(f"{len(result.chosen.plan)} layers written to {out}", soft_wrap=True)
+
+
+@app.command()
 def doctor(json: JsonOption = False) -> None:
     """Say what this machine can run, and why not more."""
     from mixdq_ao import doctor as library

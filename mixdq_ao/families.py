@@ -33,6 +33,7 @@ _UNET = {"content": ("ff", "attn2"), "text_layers": r"(^|\.)attn2\.to_[kv]$"}
 SDXL = ModelFamily("sdxl", **_UNET)
 SD = ModelFamily("sd", **_UNET)
 GENERIC = ModelFamily("generic")
+FAMILIES = {family.name: family for family in (SDXL, SD, GENERIC)}
 
 
 def family_of(model: nn.Module) -> ModelFamily:
