@@ -103,17 +103,21 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig, *, parameter_na
     quantized = MixDQTensor.from_float(
         weight,
         config.bits,
-        scale=config.scale,
         input_groups=config.input_groups,
         act_bits=config.act_bits,
-        act_scale=config.act_scale,
-        act_zero_point=config.act_zero_point,
-        bos_input=config.bos_input,
-        bos_output=config.bos_output,
+        **{name: _own(getattr(config, name)) for name in _LAYER_TENSORS},
     )
     setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
     module.extra_repr = functools.partial(_extra_repr, module)  # a bound method could not be pickled
     return module
+
+
+_LAYER_TENSORS = ("scale", "act_scale", "act_zero_point", "bos_input", "bos_output")
+
+
+def _own(value: Tensor | float | None) -> Tensor | float | None:
+    """Parameters may serve many layers and models, and a weight's tensors may be written to."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _extra_repr(module: nn.Module) -> str:

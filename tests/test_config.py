@@ -308,6 +308,19 @@ def test_parameters_from_an_object_and_from_files(tmp_path):
     assert torch.equal(model(X), other(X))
 
 
+def test_a_model_shares_no_memory_with_its_parameters():
+    model, other = Net(), Net()
+    params = params_of(model)
+    quantize_(model, MixDQConfig(params))
+    quantize_(other, MixDQConfig(params, protect=["conv"]))
+    before = model(X)
+    for w in weights(other).values():
+        for name in w.__tensor_flatten__()[0]:
+            getattr(w, name).zero_()
+    assert torch.equal(model(X), before)
+    params.validate("params")
+
+
 def test_parameters_from_the_original_files(tmp_path):
     pictures = []
     for make in (original.raw_checkpoint, original.converted_checkpoint):

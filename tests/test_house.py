@@ -1,0 +1,142 @@
+"""The shape of the package: which module may import which, what is tested, and where names of layers may stand."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mixdq_ao"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+
+# From the bottom to the top: a module imports only what stands in rows above its own.
+ROWS = """
+errors progress _quiet _version
+bits
+packing
+ops
+tensor
+files extras ranges
+plan
+checkpoint
+legacy families
+config
+model_file simulate
+summary
+memory
+integrations._imports
+integrations.diffusers integrations.peft integrations.torchao
+integrations
+scenes tables watching
+scene_reader calibrate
+sensitivity
+allocate
+evaluate
+compile tiny_model
+report
+demo doctor
+cli
+__main__
+"""
+RANK = {name: rank for rank, row in enumerate(ROWS.strip().splitlines()) for name in row.split()}
+
+# Loading one of these takes seconds, or it may be absent: never at import time.
+HEAVY = {"accelerate", "diffusers", "matplotlib", "peft", "scipy", "torchmetrics", "torchvision", "transformers"}
+
+# In test_cli, test_integrations and test_calibrate.
+TESTED_BY_WHAT_THEY_DO = {"demo", "integrations.peft", "integrations.torchao", "watching"}
+
+LAYER_NAME = re.compile(r"attn[12]|conv_shortcut|to_[qkv]\b|(up|down)_blocks\.|mid_block|ff\.net|proj_(in|out)\b")
+MAY_NAME_LAYERS = {"families", "tiny_model"}
+
+
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def internal_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere."""
+    found = set()
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: write imports in full"
+            if (node.module or "").partition(".")[0] == "mixdq_ao":
+                base = node.module.partition(".")[2]
+                inner = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+                modules = inner & MODULES.keys()
+                found |= modules
+                if base and modules != inner:
+                    found.add(base)
+        elif isinstance(node, ast.Import):
+            names = (alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("mixdq_ao."))
+            found |= set(names)
+    return found
+
+
+def imports_at_load(path: Path) -> set[str]:
+    """Outside libraries that are imported when the module is: not inside of functions."""
+    found, left = set(), list(ast.parse(path.read_text()).body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            left += ast.iter_child_nodes(node)
+    return found - {"mixdq_ao"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    assert name in RANK, f"draw {name} into ROWS, at its place in the order of imports"
+    wrong = {other for other in internal_imports(MODULES[name]) if RANK.get(other, 99) >= RANK[name]}
+    assert not wrong, f"{name} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_libraries_are_imported_where_they_are_used(name):
+    assert not imports_at_load(MODULES[name]) & HEAVY
+
+
+def test_the_tensor_knows_neither_files_nor_other_libraries():
+    assert imports_at_load(MODULES["tensor"]) <= {"torch", "torchao"}
+    assert not internal_imports(MODULES["tensor"]) & {"files", "plan", "checkpoint", "families", "config"}
+
+
+def test_the_width_table_stands_alone():
+    """``setup.py`` reads it where there is no torch."""
+    assert not imports_at_load(MODULES["bits"]) - {"dataclasses"}
+    assert not imports_at_load(MODULES["errors"])
+
+
+def test_every_module_has_a_test():
+    tests = list((ROOT / "tests").glob("test_*.py"))
+    tested = {path.stem.removeprefix("test_") for path in tests} | {n for path in tests for n in internal_imports(path)}
+    tested |= TESTED_BY_WHAT_THEY_DO
+    public = {name for name in MODULES if not name.startswith("_")}
+    missing = sorted(public - tested)
+    assert not missing, f"write tests/test_<module>.py, or a test that imports it, for {missing}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_names_of_layers_stand_in_families(name):
+    if name in MAY_NAME_LAYERS:
+        return
+    documented = [n for n in nodes(MODULES[name]) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    documents = {ast.get_docstring(n, clean=False) for n in documented}
+    texts = {n.value for n in nodes(MODULES[name]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert not [text for text in texts - documents if LAYER_NAME.search(text)]
+
+
+def test_paths_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
+    named = re.findall(r"`((?:mixdq_ao|csrc|tests|tutorials|benchmarks|third_party|\.ci)/[\w./-]*)`", text)
+    missing = [path for path in {*linked, *named} if not (ROOT / path).exists()]
+    assert not missing
