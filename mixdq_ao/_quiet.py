@@ -22,3 +22,12 @@ def quiet_torchao_import():
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def quiet_pipelines() -> None:
+    """For the command line: no progress bars of diffusers and transformers while a pipeline is loaded."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()

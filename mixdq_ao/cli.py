@@ -39,7 +39,9 @@ def demo(
     import torch
 
     from mixdq_ao import demo as library
+    from mixdq_ao._quiet import quiet_pipelines
 
+    quiet_pipelines()
     texts = _lines(prompts) if prompts else None
     result = library.run_demo(
         out,

@@ -25,7 +25,7 @@ from mixdq_ao.scene_reader import caption_accuracy
 from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
 from mixdq_ao.tiny_model import load_tiny_sdxl
 
-CALIBRATION_PROMPTS = 32
+CALIBRATION_PROMPTS = 16
 # For a pipeline that is not our own.
 PROMPTS = (
     "a red fox sitting in fresh snow, photo",
