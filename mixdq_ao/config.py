@@ -108,7 +108,7 @@ def _quantize_layer(module: nn.Module, config: MixDQLayerConfig, *, parameter_na
         **{name: _own(getattr(config, name)) for name in _LAYER_TENSORS},
     )
     setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
-    module.extra_repr = functools.partial(_extra_repr, module)  # a bound method could not be pickled
+    _describe(module)
     return module
 
 
@@ -118,6 +118,10 @@ _LAYER_TENSORS = ("scale", "act_scale", "act_zero_point", "bos_input", "bos_outp
 def _own(value: Tensor | float | None) -> Tensor | float | None:
     """Parameters may serve many layers and models, and a weight's tensors may be written to."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _describe(module: nn.Module) -> None:
+    module.extra_repr = functools.partial(_extra_repr, module)  # a bound method could not be pickled
 
 
 def _extra_repr(module: nn.Module) -> str:
@@ -170,6 +174,14 @@ def quantize_(
             _quantize_layer(module, recipe)
     if device is not None:
         model.to(device)
+    finish(model)
+
+
+def finish(model: nn.Module) -> None:
+    """What a quantized model gets, however it came to be: layers that describe themselves, and the integrations."""
+    for module in families.layers_of(model).values():
+        if isinstance(module.weight, MixDQTensor):
+            _describe(module)
     for hook in after_quantize:
         hook(model)
 

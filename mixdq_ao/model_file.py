@@ -29,6 +29,7 @@ from mixdq_ao.checkpoint import (
     check_format,
     read_metadata,
 )
+from mixdq_ao.config import finish
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
 from mixdq_ao.files import DTYPE_NAMES, DTYPES, METADATA_KEY, TensorFile, check_exact_keys, first_line, write_tensors
 from mixdq_ao.packing import packed_channels
@@ -150,6 +151,8 @@ def load(path, *, model: nn.Module | None = None, device="cpu", progress: Progre
         _assign(modules, name, value)
     for name, reason in values["reasons"].items():
         modules[name].mixdq_reason = reason
+    if values["quantized"]:
+        finish(target)
     if model is None:
         _check_complete(file, target)
         target.eval()

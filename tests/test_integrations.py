@@ -213,6 +213,15 @@ def test_loading_in_half_precision(tmp_path, static):
     assert quantized.scale.dtype == quantized.act_scale.dtype == torch.float32
 
 
+def test_a_model_from_one_file_saves_itself_too(tmp_path, static, expected):
+    mixdq_ao.save(static, tmp_path / "unet.safetensors")
+    loaded = mixdq_ao.load(tmp_path / "unet.safetensors")
+    assert repr(loaded) == repr(static)
+    again = through_diffusers(loaded, tmp_path / "folder")
+    assert_same_parameters(static, again)
+    assert torch.equal(run_unet(again, **inputs()), expected)
+
+
 def test_the_stored_config_has_no_paths_and_no_tensors(tmp_path, static, params):
     static.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
