@@ -1,0 +1,42 @@
+"""A stand-in for a diffusers text-to-image pipeline, fast and without files."""
+
+import hashlib
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from tests.models import tiny_sdxl_unet
+
+TOKENS, WIDTH, POOLED = 7, 64, 32
+
+
+class FakePipeline:
+    """Calls its UNet as SDXL's pipelines do; prompts become random tokens behind a constant, large BOS token."""
+
+    def __init__(self, seed: int = 0, size: int = 8):
+        self.unet = tiny_sdxl_unet(seed)
+        self.size = size
+
+    def _text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big"))
+        tokens = torch.randn(TOKENS, WIDTH, generator=g)
+        tokens[0] = torch.linspace(-40, 100, WIDTH)
+        return tokens, torch.randn(POOLED, generator=g)
+
+    def __call__(self, prompt, num_inference_steps, guidance_scale, generator, output_type):
+        assert guidance_scale == 0.0
+        texts, pooled = (torch.stack(t) for t in zip(*map(self._text, prompt), strict=True))
+        added = {"text_embeds": pooled, "time_ids": torch.full((len(prompt), 6), 16.0)}
+        x = torch.stack([torch.randn(4, self.size, self.size, generator=g) for g in generator])
+        for step in range(num_inference_steps):
+            t = torch.tensor(999.0 * (1 - step / num_inference_steps))
+            x = x - self.unet(x, t, texts, added_cond_kwargs=added, return_dict=False)[0] / num_inference_steps
+        if output_type == "latent":
+            return SimpleNamespace(images=x)
+        pictures = F.interpolate(x[:, :3], scale_factor=4, mode="bilinear").sigmoid()
+        return SimpleNamespace(images=pictures.permute(0, 2, 3, 1).numpy())
+
+
+def prompts(count: int) -> list[str]:
+    return [f"prompt number {i}" for i in range(count)]
