@@ -39,7 +39,8 @@ MIN_OVERLAP = 0.6  # intersection over union with the best shape
 EDGE_COVERAGES = (0.15, 0.3, 0.5)  # the cut above keeps thinner edges the more an object stands out
 MIN_TEXTURE_FIT = 0.35  # share of the colour variance inside an object that its texture explains
 SLOT_DISTANCE = 6.0  # pixels from the centre of a slot
-_FRAME = PICTURE_SIZE + 2 * SPRITE_SIZE
+# a texture may lie up to a pixel off the place where the shape was found
+_NUDGES = [(dx * SHIFT_STEP, dy * SHIFT_STEP) for dx in range(-2, 3) for dy in range(-2, 3)]
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,14 @@ def _centroid(shape: str, size: str) -> tuple[float, float]:
     return float((cover.sum(0) @ axis) / cover.sum()), float((cover.sum(1) @ axis) / cover.sum())
 
 
-def _placed(shape: str, size: str, texture: str, x: float, y: float) -> np.ndarray:
-    """The sprite of an object centred at (x, y) on the whole picture, float32 [2, 64, 64]."""
-    frame = np.zeros((2, _FRAME, _FRAME), np.float32)
+def _placed(shape: str, size: str, x: float, y: float) -> np.ndarray:
+    """Coverage of an untextured object centred at (x, y) over the whole picture, float32 [64, 64]."""
     left, top, dx, dy = split_centre(x, y)
-    window = frame[:, top + SPRITE_SIZE :, left + SPRITE_SIZE :][:, :SPRITE_SIZE, :SPRITE_SIZE]
-    window[...] = sprite(shape, size, texture, dx, dy)[:, : window.shape[1], : window.shape[2]]
-    return frame[:, SPRITE_SIZE:-SPRITE_SIZE, SPRITE_SIZE:-SPRITE_SIZE]
+    rows, columns = (slice(max(0, k), max(0, min(PICTURE_SIZE, k + SPRITE_SIZE))) for k in (top, left))
+    frame = np.zeros((PICTURE_SIZE, PICTURE_SIZE), np.float32)
+    cover = sprite(shape, size, "plain", dx, dy)[0]
+    frame[rows, columns] = cover[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return frame
 
 
 def _on_grid(value: float) -> float:
@@ -160,7 +162,7 @@ def _overlaps(piece: np.ndarray, x: float, y: float) -> list[tuple[float, str, s
         for size in SIZES:
             dx, dy = _centroid(shape, size)
             centre = _on_grid(x - dx), _on_grid(y - dy)
-            cover = _placed(shape, size, "plain", *centre)[0]
+            cover = _placed(shape, size, *centre)
             for edge in EDGE_COVERAGES:
                 mask = cover > edge
                 found.append(((mask & piece).sum() / (mask | piece).sum(), shape, size, centre))
@@ -169,32 +171,37 @@ def _overlaps(piece: np.ndarray, x: float, y: float) -> list[tuple[float, str, s
 
 def _read_paint(pixels: np.ndarray, shape: str, size: str, x: float, y: float) -> tuple[str | None, str | None]:
     """Texture and main colour of an object whose shape is known."""
-    cover = _placed(shape, size, "plain", x, y)[0] > 0.95
-    inside = pixels[cover]
+    rows, columns = np.nonzero(_placed(shape, size, x, y) > 0.95)
+    inside = pixels[rows, columns]
     if len(inside) == 0:
         return None, None
-    best = (MIN_TEXTURE_FIT, "plain", np.median(inside, axis=0))
     if size == "large":
-        nudges = [(dx * SHIFT_STEP, dy * SHIFT_STEP) for dx in range(-2, 3) for dy in range(-2, 3)]
+        tries, seconds = [], []
         for texture in TEXTURES[1:]:
-            for dx, dy in nudges:
-                second = _placed(shape, size, texture, x + dx, y + dy)[1][cover]
-                fit, main, other = _two_tones(inside, second)
-                if fit > best[0] and _is_texture_of(main, other):
-                    best = (fit, texture, main)
-    return best[1], _nearest(COLOURS, best[2])
+            for dx, dy in _NUDGES:
+                left, top, *rest = split_centre(x + dx, y + dy)
+                tries.append(texture)
+                seconds.append(sprite(shape, size, texture, *rest)[1][rows - top, columns - left])
+        fits, mains, others = _two_tones(inside, np.stack(seconds))
+        for k in np.argsort(-fits, kind="stable"):
+            if fits[k] < MIN_TEXTURE_FIT:
+                break
+            if _is_texture_of(mains[k], others[k]):
+                return tries[k], _nearest(COLOURS, mains[k])
+    return "plain", _nearest(COLOURS, np.median(inside, axis=0))
 
 
-def _two_tones(inside: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Least-squares tones where the second tone covers 0 and 1, and the share of variance they explain."""
-    centred = second - second.mean()
-    power = float(centred @ centred)
-    mean = inside.mean(axis=0)
-    total = float(((inside - mean) ** 2).sum())
-    if power < 1e-6 or total < 1e-6:
-        return 0.0, mean, mean
+def _two_tones(inside: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least-squares fits of pixels [n, 3] by K second-tone coverages [K, n].
+
+    Gives the share of variance explained [K], and the tones [K, 3] where the second tone covers 0 and where 1.
+    """
+    mean, cover = inside.mean(axis=0), second.mean(axis=1, keepdims=True)
+    centred = second - cover
+    power = (centred**2).sum(axis=1, keepdims=True) + 1e-6
     slope = centred @ (inside - mean) / power
-    return power * float(slope @ slope) / total, mean - slope * second.mean(), mean + slope * (1 - second.mean())
+    total = float(((inside - mean) ** 2).sum()) + 1e-6
+    return power[:, 0] * (slope**2).sum(axis=1) / total, mean - slope * cover, mean + slope * (1 - cover)
 
 
 def _is_texture_of(main: np.ndarray, other: np.ndarray) -> bool:
