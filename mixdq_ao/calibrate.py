@@ -267,7 +267,8 @@ def run_batches(
 
 def generators(seed: int, numbers: range) -> list[torch.Generator]:
     """One generator for each picture, so that its noise does not depend on the batch it is in."""
-    return [torch.Generator("cpu").manual_seed((seed << 32) + number) for number in numbers]
+    # The CPU's generator looks at the lower 32 bits of a seed only.
+    return [torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**32) for number in numbers]
 
 
 def checked_prompts(prompts: Sequence[str], who: str) -> list[str]:
