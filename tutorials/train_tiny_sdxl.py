@@ -506,7 +506,7 @@ class Trainer:
         self.fast_parameters = [p for p in self.fast.parameters() if p.requires_grad]
         self.last_loss = torch.zeros((), device=device)
         self.graph = None
-        self.done = 0
+        self.done = self.eager_steps = 0
         self.losses: list[tuple[int, float]] = []
 
     def _step(self) -> None:
@@ -530,7 +530,8 @@ class Trainer:
     def _advance(self, progress: float) -> None:
         warm = min(1.0, (self.done + 1) / 300)
         self.lr.fill_(self.peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))))
-        if self.cuda and self.graph is None and self.done >= 3:
+        # a few ordinary steps first: they choose algorithms and allocate what a recording must not
+        if self.cuda and self.graph is None and self.eager_steps >= 3:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -539,6 +540,7 @@ class Trainer:
             self.graph.replay()
         else:
             self._step()
+            self.eager_steps += 1
         self.done += 1
 
     def run(self, name: str, steps: int, minutes: float, checkpoint: Path, resume: bool) -> None:
