@@ -51,9 +51,9 @@ def _fake(name: str):
 
 
 def per_channel(values: Tensor, input_groups: list[int]) -> Tensor:
-    """``[groups]`` to something that broadcasts over channels in the last dimension: 0-d, or ``[in]``."""
+    """``[groups]`` to something that broadcasts over channels in the last dimension: ``[1]``, or ``[in]``."""
     if len(input_groups) == 1:
-        return values[0]
+        return values
     return torch.cat([values[g].expand(c) for g, c in enumerate(input_groups)])
 
 
@@ -85,6 +85,8 @@ def _over_image(values: Tensor) -> Tensor:
 def _quantize(x, scale, zero_point, bits, input_groups, pad):
     scale, zero_point = per_channel(scale, input_groups), per_channel(zero_point, input_groups)
     if pad is None:
+        if x.is_cuda or x.numel() <= _QUANTIZE_BLOCK:
+            return codes(x, scale, zero_point, bits).to(torch.int8, memory_format=torch.contiguous_format)
         out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         rows = x.reshape(-1, x.shape[-1])
         _quantize_into(out.view(rows.shape), rows, 0, scale, zero_point, bits)
@@ -197,7 +199,7 @@ def _multiply(parts, weights, alpha: Tensor, offset: Tensor, out: Tensor) -> Non
     for g, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         acc = int_matmul(part, weight)
         if g == 0:
-            y.copy_(acc).mul_(alpha[0])
+            y.copy_(acc).mul_(alpha[:1] if len(weights) > 1 else alpha)
         else:
             y.add_(acc.to(torch.float32).mul_(alpha[g]))
     y.add_(offset)
@@ -217,9 +219,11 @@ def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
     rows = xq.reshape(-1, xq.shape[-1])
     out = torch.empty((rows.shape[0], qdata.shape[0]), dtype=out_dtype, device=xq.device)
     weights, offset = _split(unpack(qdata, bits, input_groups), input_groups, 1), _offset(beta, bias)
-    step = max(1, rows.shape[0]) if xq.is_cuda else _ROW_BLOCK
-    for part, out_part in zip(rows.split(step), out.split(step), strict=True):
-        _multiply(_split(part, input_groups, 1), weights, alpha, offset, out_part)
+    if xq.is_cuda or rows.shape[0] <= _ROW_BLOCK:
+        _multiply(_split(rows, input_groups, 1), weights, alpha, offset, out)
+    else:
+        for part, out_part in zip(rows.split(_ROW_BLOCK), out.split(_ROW_BLOCK), strict=True):
+            _multiply(_split(part, input_groups, 1), weights, alpha, offset, out_part)
     return out.view(*xq.shape[:-1], qdata.shape[0])
 
 

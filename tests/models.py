@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mixdq_ao.tensor import MixDQTensor
 
 
-def tiny_sdxl_unet(seed: int = 0):
+def tiny_sdxl_unet(seed: int = 0, layers_per_block: int = 2):
     """A UNet with SDXL's configuration, block types and conditioning, and 3.1 million weights."""
     from diffusers import UNet2DConditionModel
 
@@ -18,7 +18,7 @@ def tiny_sdxl_unet(seed: int = 0):
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 4),
         cross_attention_dim=64,

@@ -352,8 +352,8 @@ def test_modules_that_pad_on_their_own(mode):
     [("static", 8, 36), ("dynamic", 8, 38), ("none", 8, 40), ("static", 4, 16), ("static", 2, 1.2)],
 )
 def test_signal_to_noise_against_the_floating_layer(kind, bits, floor, dtype):
-    """Gaussian data against the float64 layer. Measured in float32 (dB, linear and conv): static 38.2 and 38.4, dynamic
-    39.9 and 39.0, weight-only 42.6 and 42.6, int4 17.4 and 17.4, int2 1.5 and 1.5; bf16 loses at most 0.6, fp16 none."""
+    """Gaussian data against the float64 layer. Measured in float32 (dB, linear, conv): static 38.2, 38.4, dynamic
+    39.9, 39.0, weight-only 42.6, 42.6, int4 17.4, 17.4, int2 1.5, 1.5; bf16 loses at most 0.6, fp16 none."""
     g = torch.Generator().manual_seed(0)
     weight, image_weight = torch.randn(256, 512, generator=g), torch.randn(64, 64, 3, 3, generator=g)
     x, image = torch.randn(64, 512, generator=g), torch.randn(2, 64, 16, 16, generator=g)
