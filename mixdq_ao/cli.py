@@ -169,6 +169,235 @@ def allocate(
     _console().print(f"{len(result.chosen.plan)} layers written to {out}", soft_wrap=True)
 
 
+PipelineArgument = Annotated[
+    str, typer.Argument(help="A diffusers pipeline folder, or tiny-sdxl: the small model that comes along.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(help="A text file, one prompt a line, or a COCO captions JSON. [default: what is built in]"),
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+GuidanceOption = Annotated[float, typer.Option(help="Guidance scale; 0 for few-step models.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda. [default: cuda if there is one]")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Evaluate at seeds 0, 1, ... up to so many.")]
+ParamsOption = Annotated[Path | None, typer.Option(help="Quantization parameters, from calibrate or convert.")]
+PlanOption = Annotated[list[Path] | None, typer.Option(help="A bit plan of the weights to evaluate; repeatable.")]
+BitsOption = Annotated[list[int] | None, typer.Option(help="A uniform width of the weights; repeatable.")]
+ModelOption = Annotated[list[Path] | None, typer.Option(help="A quantized model in one file; repeatable.")]
+ActBitsOption = Annotated[int, typer.Option(help="Width of the activations, 8 or 4, for --plan and --bits.")]
+ExtraOption = Annotated[
+    list[str] | None, typer.Option(help="lpips, fid, clip_score or image_reward, whose network is here; repeatable.")
+]
+
+
+@app.command()
+def calibrate(
+    pipeline: PipelineArgument,
+    out: Annotated[Path, typer.Argument(help="The safetensors file of parameters to write.")],
+    prompts: PromptsOption = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many prompts. [default: all; 64 scenes]")] = None,
+    method: Annotated[str, typer.Option(help="Activation ranges: minmax, ema, percentile or mse.")] = "minmax",
+    weight_method: Annotated[str, typer.Option(help="Weight scales: minmax or mse.")] = "mse",
+    steps: StepsOption = 1,
+    guidance_scale: GuidanceOption = 0.0,
+    batch_size: BatchOption = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    bos: Annotated[bool, typer.Option(help="Treat the text encoders' first token apart.")] = True,
+    device: DeviceOption = "",
+) -> None:
+    """Run a pipeline, watch what enters each layer, and write scales and zero points for every width.
+
+    Stopped at any point, the same command goes on where it was: OUT.state holds what was seen so far.
+    """
+    from mixdq_ao.calibrate import calibrate as run
+
+    params = run(
+        _pipeline(pipeline, device),
+        _prompts(pipeline, prompts, count),
+        method=method,
+        weight_method=weight_method,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+        bos=bos,
+        state=f"{out}.state",
+    )
+    params.save(out)
+    Path(f"{out}.state").unlink()
+    _console().print(f"{len(params.layers)} layers written to {out}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    pipeline: PipelineArgument,
+    params: ParamsOption = None,
+    plan: PlanOption = None,
+    bits: BitsOption = None,
+    model: ModelOption = None,
+    act_bits: ActBitsOption = 8,
+    captions: PromptsOption = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many captions. [default: all; 64 scenes]")] = None,
+    seeds: SeedsOption = 1,
+    extra: ExtraOption = None,
+    steps: StepsOption = 1,
+    guidance_scale: GuidanceOption = 0.0,
+    batch_size: BatchOption = 8,
+    out: Annotated[Path | None, typer.Option(help="Folder that keeps what is done, to go on from.")] = None,
+    device: DeviceOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Measure quantized variants against the floating pictures of the same captions and noise."""
+    result = _evaluation(
+        pipeline, params, plan, bits, model, act_bits, captions, count, seeds, extra, steps, guidance_scale, batch_size,
+        out, device, None if not json else False,
+    )  # fmt: skip
+    if json:
+        print(jsonlib.dumps(result.to_json(), indent=1))
+        return
+    _print_evaluation(result)
+
+
+@app.command()
+def compare(
+    pipeline: PipelineArgument,
+    out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    params: ParamsOption = None,
+    plan: PlanOption = None,
+    bits: BitsOption = None,
+    model: ModelOption = None,
+    act_bits: ActBitsOption = 8,
+    captions: PromptsOption = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many captions. [default: all; 64 scenes]")] = None,
+    seeds: SeedsOption = 1,
+    extra: ExtraOption = None,
+    steps: StepsOption = 1,
+    guidance_scale: GuidanceOption = 0.0,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "",
+) -> None:
+    """Write one HTML file that shows the pictures of quantized variants beside the floating ones."""
+    from mixdq_ao.report import write_report
+
+    result = _evaluation(
+        pipeline, params, plan, bits, model, act_bits, captions, count, seeds, extra, steps, guidance_scale, batch_size,
+        None, device, None,
+    )  # fmt: skip
+    write_report(out, result, title=f"{pipeline}, quantized")
+    _print_evaluation(result)
+    _console().print(f"Pictures side by side: {out}", soft_wrap=True)
+
+
+@app.command()
+def auto(
+    pipeline: PipelineArgument,
+    out: Annotated[Path, typer.Option(help="Folder for everything; the same command goes on from it.")],
+    budget: Annotated[float, typer.Option(help="Mean bits of the weights.")] = 4.0,
+    prompts: PromptsOption = None,
+    prompt_count: Annotated[int | None, typer.Option(min=1, help="So many calibration prompts.")] = None,
+    captions: PromptsOption = None,
+    caption_count: Annotated[int | None, typer.Option(min=1, help="So many captions to evaluate on.")] = None,
+    seeds: SeedsOption = 3,
+    steps: StepsOption = 1,
+    guidance_scale: GuidanceOption = 0.0,
+    batch_size: BatchOption = 8,
+    method: Annotated[str, typer.Option(help="Activation ranges: minmax, ema, percentile or mse.")] = "minmax",
+    full_sensitivity: Annotated[
+        bool, typer.Option("--full-sensitivity", help="Measure each layer by itself instead of predicting it.")
+    ] = False,
+    rounding: Annotated[bool, typer.Option(help="Round weights below 8 bits by GPTQ.")] = True,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Measure what each part of the method brings.")
+    ] = False,
+    device: DeviceOption = "",
+) -> None:
+    """Do everything: calibrate, sensitivity, allocate, choose, evaluate, save the quantized model, write a report.
+
+    Stopped at any point, the same command goes on where it was.
+    """
+    from mixdq_ao.auto import Settings
+    from mixdq_ao.auto import auto as run
+
+    settings = Settings(
+        budget=budget,
+        seeds=tuple(range(seeds)),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        method=method,
+        cheap=not full_sensitivity,
+        rounding=rounding,
+        ablations=ablations,
+    )
+    result = run(
+        _pipeline(pipeline, device),
+        _prompts(pipeline, prompts, prompt_count),
+        _prompts(pipeline, captions, caption_count, held_out=True),
+        out,
+        settings,
+        title=f"{pipeline} at {budget:g} bits",
+    )
+    _print_evaluation(result.evaluation)
+    for finding in result.findings:
+        _console().print(finding, soft_wrap=True)
+    _console().print(f"Model: {result.model}\nReport: {result.report}", soft_wrap=True)
+
+
+def _pipeline(name: str, device: str):
+    import torch
+
+    from mixdq_ao.pipelines import load_pipeline
+
+    return load_pipeline(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _prompts(pipeline: str, path: Path | None, count: int | None, held_out: bool = False) -> list[str]:
+    from mixdq_ao.pipelines import TINY
+    from mixdq_ao.prompts import built_in_prompts, read_prompts
+
+    if path is not None:
+        return read_prompts(path, count)
+    scenes = pipeline == TINY
+    return built_in_prompts(count or (64 if scenes else None), scenes=scenes, held_out=held_out)
+
+
+def _evaluation(
+    pipeline, params, plan, bits, model, act_bits, captions, count, seeds, extra, steps, guidance_scale, batch_size,
+    out, device, progress,
+):  # fmt: skip
+    from mixdq_ao import MixDQConfig
+    from mixdq_ao.evaluate import evaluate as run
+
+    if params is None and (plan or bits):
+        raise MixDQError("--plan and --bits need --params, which has the scales; give both")
+    source = None if params is None else str(params)
+    variants = {path.stem: MixDQConfig(source, str(path), act_bits) for path in plan or ()}
+    variants |= {f"W{b}A{act_bits}": MixDQConfig(source, b, act_bits) for b in bits or ()}
+    variants |= {path.stem: path for path in model or ()}
+    if params is not None and not variants:
+        variants = {params.stem: MixDQConfig(source, act_bits=act_bits)}
+    if not variants:
+        raise MixDQError("nothing to evaluate: give --params, with --plan or --bits if you like, or --model")
+    return run(
+        _pipeline(pipeline, device),
+        variants,
+        _prompts(pipeline, captions, count, held_out=True),
+        seeds=range(seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        extras=extra or (),
+        out=out,
+        progress=progress,
+    )
+
+
+def _print_evaluation(result) -> None:
+    title = f"{len(result.captions)} captions, {len(result.seeds)} seeds; against the floating pictures"
+    _print_table(title, result.header(), result.table())
+
+
 @app.command()
 def doctor(json: JsonOption = False) -> None:
     """Say what this machine can run, and why not more."""

@@ -1,0 +1,35 @@
+"""Pipelines by name: our own small model, or a diffusers pipeline."""
+
+import os
+
+import torch
+
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.tiny_model import load_tiny_sdxl
+
+TINY = "tiny-sdxl"
+
+
+def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None = None):
+    """The pipeline ``tiny-sdxl``, or one of diffusers from a folder or the local cache of a Hub name; without its
+    progress bars. ``dtype`` is float32 on a CPU and float16 on a GPU by default.
+
+    Nothing is downloaded. Raises ``MixDQError`` for a name that is not there or has no UNet.
+    """
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    if str(name) == TINY:
+        return load_tiny_sdxl(dtype).to(device)
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MixDQError(
+            f"{name}: not '{TINY}', and no diffusers pipeline on this machine ({reason[:200]}). Give a folder, or "
+            "download it first: huggingface-cli download <name>"
+        ) from error
+    if not hasattr(pipe, "unet"):
+        raise MixDQError(f"{name}: {type(pipe).__name__} has no UNet to quantize")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
