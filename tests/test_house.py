@@ -15,8 +15,8 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 
-# From the bottom to the top: a module imports only what stands in rows below its own, and within the row of the method,
-# which is every module that has no row of its own, only without a cycle.
+# From the bottom of the house to its top: a module imports only what stands in earlier lines. A module that stands in
+# none belongs to the method, whose modules may import one another.
 ROWS = """
 errors progress _quiet _version
 bits
