@@ -35,7 +35,7 @@ integrations.diffusers integrations.peft integrations.torchao
 integrations
 <method>
 report
-demo doctor
+auto demo doctor
 cli
 __main__
 """
@@ -45,8 +45,8 @@ METHOD_RANK = RANK.pop("<method>")
 # Loading one of these takes seconds, or it may be absent: never at import time.
 HEAVY = {"accelerate", "diffusers", "matplotlib", "peft", "scipy", "torchmetrics", "torchvision", "transformers"}
 
-# In test_cli, test_integrations and test_calibrate.
-TESTED_BY_WHAT_THEY_DO = {"demo", "integrations.peft", "integrations.torchao", "watching"}
+# In test_integrations and test_calibrate.
+TESTED_BY_WHAT_THEY_DO = {"integrations.peft", "integrations.torchao", "watching"}
 
 LAYER_NAME = re.compile(r"attn[12]|conv_shortcut|to_[qkv]\b|(up|down)_blocks\.|mid_block|ff\.net|proj_(in|out)\b")
 MAY_NAME_LAYERS = {"families", "tiny_model"}
