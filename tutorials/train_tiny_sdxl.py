@@ -926,7 +926,7 @@ def layer_table(measured: dict) -> str:
 
 
 def stage_table(training: dict) -> str:
-    lines = ["| stage | steps | batch | peak learning rate | seconds | first loss | last loss | machine |"]
+    lines = ["| stage | steps | batch | peak learning rate | seconds | loss at step 50 | at the end | machine |"]
     lines.append("| --- " * 8 + "|")
     for name, note in training.items():
         losses = [loss for _, loss in note["losses"]]
