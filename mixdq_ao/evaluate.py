@@ -28,10 +28,9 @@ from mixdq_ao.scenes import parse_caption
 from mixdq_ao.summary import MIB, storage_bytes
 
 FLOATING = "floating"
-# What is measured always; "accuracy" where captions describe scenes of mixdq_ao.scenes.
-METRICS = ("sqnr", "psnr", "ssim", "accuracy")
+TITLES = {"sqnr": "SQNR", "psnr": "PSNR", "ssim": "SSIM", "accuracy": "captions", "lpips": "LPIPS", "fid": "FID"}
 UNITS = {"sqnr": "dB", "psnr": "dB", "accuracy": "%"}
-LOWER_IS_BETTER = ("lpips", "fid")
+_AGAINST_FLOATING = ("sqnr", "psnr", "ssim", "lpips", "fid")
 # Of LPIPS, as vllm-omni and nunchaku draw the lines in their tests.
 LPIPS_BANDS = ((0.10, "same picture"), (0.15, "like fp8"), (0.30, "like 4 bits"), (0.50, "other picture"))
 
@@ -137,8 +136,8 @@ class Evaluation:
         return next(row for row in self.rows if row.name == name)
 
     def header(self) -> list[str]:
-        units = {metric: f" {UNITS[metric]}" if metric in UNITS else "" for metric in self.metrics}
-        return ["", "weight bits", "UNet MiB", *(f"{metric}{units[metric]}" for metric in self.metrics)]
+        metrics = [f"{TITLES.get(metric, metric)} {UNITS.get(metric, '')}".strip() for metric in self.metrics]
+        return ["", "weight bits", "UNet MiB", *metrics]
 
     def table(self) -> list[list[str]]:
         """Cells of text in the order of :meth:`header`: means, and ± the standard deviation over seeds."""
@@ -149,7 +148,7 @@ class Evaluation:
 
     def _cell(self, row: Row, metric: str) -> str:
         value, spread = row.mean(metric), row.spread(metric)
-        if row.name == FLOATING and metric in ("sqnr", "psnr", "ssim", "lpips", "fid"):
+        if row.name == FLOATING and metric in _AGAINST_FLOATING:
             return "-"
         if not math.isfinite(value):
             return "equal"

@@ -21,6 +21,8 @@ from mixdq_ao.tables import Scores
 
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "report.html.j2"
 BARS = 12
+# The order in which data passes blocks; modules are registered in another one.
+_PATH = {"down": 1, "mid": 2, "up": 3}
 _INK = "#010203"  # stands for the page's text colour in a plot
 _KINDS = {"candidate": ("#e69f00", "o"), "uniform": ("#56b4e9", "s"), "chosen": ("#d55e00", "D")}
 
@@ -138,7 +140,9 @@ def _blocks(plan: BitPlan | None, shapes) -> list[tuple[str, list[dict]]]:
         title = f"{name}: {bits} bits, {'x'.join(map(str, shape))} = {size} weights"
         cell = {"bits": bits, "title": title, "width": round(0.55 + 0.28 * max(0.0, math.log2(size) - 9), 2)}
         blocks.setdefault(_block_of(name), []).append(cell)
-    return list(blocks.items())
+    return sorted(
+        blocks.items(), key=lambda item: 4 if item[0] == "conv_out" else _PATH.get(item[0].partition("_")[0], 0)
+    )
 
 
 def _block_of(name: str) -> str:

@@ -18,6 +18,9 @@ class FakePipeline:
         self.unet = tiny_sdxl_unet(seed)
         self.size = size
 
+    def set_progress_bar_config(self, **kwargs):
+        pass
+
     def _text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big"))
         tokens = torch.randn(TOKENS, WIDTH, generator=g)
@@ -35,7 +38,7 @@ class FakePipeline:
         if output_type == "latent":
             return SimpleNamespace(images=x)
         pictures = F.interpolate(x[:, :3], scale_factor=4, mode="bilinear").sigmoid()
-        return SimpleNamespace(images=pictures.permute(0, 2, 3, 1).numpy())
+        return SimpleNamespace(images=pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy())
 
 
 def prompts(count: int) -> list[str]:

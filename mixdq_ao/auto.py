@@ -1,0 +1,385 @@
+"""The whole method in one call: calibrate, sensitivity, allocate, choose, round, evaluate, save, report.
+
+Everything lies in one folder, each stage's outcome in a file that is written whole, and every long stage keeps what it
+has done so far: the same call, made again after it was stopped at any point, goes on from there.
+"""
+
+import copy
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mixdq_ao import allocate as allocation
+from mixdq_ao import families
+from mixdq_ao._version import __version__
+from mixdq_ao.calibrate import calibrate, checked_prompts, digest, run_batches
+from mixdq_ao.checkpoint import QuantParams
+from mixdq_ao.config import MixDQConfig, quantize_
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate, fingerprint
+from mixdq_ao.files import parse_json, read_text, write_text
+from mixdq_ao.model_file import save
+from mixdq_ao.plan import BitPlan
+from mixdq_ao.report import Point, write_report
+from mixdq_ao.rounding import round_weights_, watch_grams
+from mixdq_ao.sensitivity import Sensitivity, sensitivity
+from mixdq_ao.tables import Scores, Sizes
+
+CHOSEN = "MixDQ W{bits:g}A8"
+PARAMS, NAIVE_PARAMS, PLAN = "params.safetensors", "params_naive.safetensors", "plan.json"
+MODEL, RESULTS, REPORT = "quantized.safetensors", "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`auto` is asked for; the fields that its folder remembers.
+
+    ``budget``: mean bits of the weights. ``cheap``: predict sensitivities instead of measuring them.
+    ``sensitivity_prompts``, ``choose_prompts``: how many of the calibration prompts these stages use.
+    ``candidates``: how many plans are compared by pictures. ``rounding``: round weights below 8 bits by GPTQ.
+    ``ablations``: measure also what each part of the method brings.
+    """
+
+    budget: float = 4.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_inference_steps: int = 1
+    guidance_scale: float = 0.0
+    batch_size: int = 8
+    method: str = "minmax"
+    weight_method: str = "mse"
+    cheap: bool = True
+    sensitivity_prompts: int = 8
+    choose_prompts: int = 32
+    candidates: int = 6
+    rounding: bool = True
+    ablations: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What came out, and the folder that holds it: the model, parameters, plan, results and report."""
+
+    folder: Path
+    chosen: str
+    plan: BitPlan
+    evaluation: Evaluation
+    findings: list[str]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / MODEL
+
+    @property
+    def report(self) -> Path:
+        return self.folder / REPORT
+
+
+def auto(
+    pipe,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    out: str | os.PathLike,
+    settings: Settings | None = None,
+    *,
+    title: str = "A quantized UNet",
+    progress: bool | None = None,
+) -> Auto:
+    """Quantize the UNet of a floating pipeline to a mean width, and say how good it is.
+
+    ``prompts`` calibrate, ``captions`` evaluate; ``out`` is the folder. Raises ``MixDQError`` for a folder that belongs
+    to another call, for a budget that no plan fits, and for whatever the stages refuse.
+    """
+    settings = settings or Settings()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(
+        pipe, checked_prompts(prompts, "auto()"), checked_prompts(captions, "auto()"), folder, settings, progress
+    )
+    run.remember()
+    params = run.params(PARAMS, bos=True)
+    measured = run.sensitivity(params)
+    candidates = run.candidates(measured)
+    plan = run.choose(params, candidates)
+    name = CHOSEN.format(bits=settings.budget)
+    evaluation = run.evaluate(name, params, plan, measured)
+    findings = run.findings(name, evaluation)
+    run.write_results(name, plan, candidates, measured, evaluation, findings)
+    run.write_report(title, name, plan, candidates, measured, evaluation, findings)
+    return Auto(folder, name, plan, evaluation, findings)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, where it came from, its mean bits, and (once compared by pictures) its mean SSIM."""
+
+    name: str
+    bits: dict[str, int]
+    mean_bits: float
+    ssim: float | None = None
+
+
+class _Run:
+    def __init__(self, pipe, prompts: list[str], captions: list[str], folder: Path, settings: Settings, progress):
+        self.pipe, self.prompts, self.captions = pipe, prompts, captions
+        self.folder, self.settings, self.progress = folder, settings, progress
+        self.call = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+        self.batches = {"batch_size": settings.batch_size, "progress": progress, **self.call}
+        self.shapes = families.layer_shapes(pipe.unet)
+        self._grams = None
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def remember(self) -> None:
+        """Note what was asked for. Raises ``MixDQError`` where the folder was begun with something else."""
+        own = json.loads(json.dumps(asdict(self.settings)))
+        asked = own | {
+            "prompts": digest(self.prompts),
+            "captions": digest(self.captions),
+            "unet": fingerprint(self.pipe.unet),
+        }
+        path = self.folder / "settings.json"
+        if not path.exists():
+            write_text(path, json.dumps(asked, indent=1) + "\n")
+            return
+        found = parse_json(path, "", read_text(path))
+        different = sorted(key for key in {*asked, *found} if asked.get(key) != found.get(key))
+        if different:
+            raise MixDQError(
+                f"{self.folder}: the folder was begun with other {', '.join(different)}. Give the same arguments to go "
+                "on, or another folder"
+            )
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def params(self, file: str, bos: bool) -> QuantParams:
+        path, state = self.folder / file, self.folder / f"{file}.state"
+        if not path.exists():
+            found = calibrate(
+                self.pipe,
+                self.prompts,
+                method=self.settings.method,
+                weight_method=self.settings.weight_method,
+                seed=self.settings.seed,
+                bos=bos,
+                state=state,
+                **self.batches,
+            )
+            found.save(path)
+        state.unlink(missing_ok=True)
+        return QuantParams.load(path)
+
+    def sensitivity(self, params: QuantParams) -> Sensitivity:
+        folder = self.folder / "sensitivity"
+        if (folder / "sensitivity.json").exists():  # written last
+            return Sensitivity.read(folder)
+        return sensitivity(
+            self.pipe,
+            params,
+            self.prompts[: self.settings.sensitivity_prompts],
+            folder,
+            kinds=("weight",),
+            cheap=self.settings.cheap,
+            seed=self.settings.seed,
+            **self.batches,
+        )
+
+    def candidates(self, measured: Sensitivity) -> list[Candidate]:
+        """Plans of the sweep over the ratio of the groups' budgets, and the joint plan where there is one."""
+        path = self.folder / "candidates.json"
+        if not path.exists():
+            problem = self._problem(measured)
+            points = allocation.sweep(problem, self.settings.budget, progress=self.progress)
+            found = [Candidate(f"ratio {p.ratio:g}", dict(p.plan), p.mean_bits) for p in points if p.ratio is not None]
+            found += [Candidate("one group", dict(p.plan), p.mean_bits) for p in points if p.ratio is None]
+            if problem.noise is not None:
+                order = {c.name: p.noise for c, p in zip(found, points, strict=True)}
+                found = sorted(found, key=lambda c: order[c.name])
+                joint = allocation.joint(problem, self.settings.budget)
+                found.insert(0, Candidate("joint", dict(joint.plan), joint.mean_bits))
+            write_text(path, json.dumps([asdict(c) for c in found[: self.settings.candidates]], indent=1) + "\n")
+        return [Candidate(**values) for values in parse_json(path, "", read_text(path))]
+
+    def _problem(self, measured: Sensitivity) -> allocation.Problem:
+        scores = measured.scores["weight"]
+        family = families.family_of(self.pipe.unet)
+        return allocation.problem(scores.get("ssim"), scores["sqnr"], measured.sizes["weight"], family=family)
+
+    def choose(self, params: QuantParams, candidates: list[Candidate]) -> BitPlan:
+        """The candidate whose pictures of calibration prompts are nearest to the floating ones, by mean SSIM."""
+        path = self.folder / PLAN
+        if not path.exists():
+            found = evaluate(
+                self.pipe,
+                {c.name: MixDQConfig(params, c.bits, 8) for c in candidates},
+                self.prompts[: self.settings.choose_prompts],
+                seeds=self.settings.seeds[:1],
+                out=self.folder / "choose",
+                pictures=1,
+                **self.batches,
+            )
+            marked = [replace(c, ssim=found.row(c.name).mean("ssim")) for c in candidates]
+            write_text(self.folder / "chosen.json", json.dumps([asdict(c) for c in marked], indent=1) + "\n")
+            best = max(marked, key=lambda c: c.ssim)
+            BitPlan(best.bits, source=best.name).write(path)
+        return BitPlan.read(path)
+
+    def evaluate(self, name: str, params: QuantParams, plan: BitPlan, measured: Sensitivity) -> Evaluation:
+        """Uniform W8A8 and W4A8 and the chosen plan, and what shows the part of each step where ablations are on."""
+        self._save_model(self.folder / MODEL, params, plan)
+        variants: dict[str, Recipe] = {"W8A8": MixDQConfig(params, 8, 8), "W4A8": MixDQConfig(params, 4, 8)}
+        if self.settings.ablations:
+            naive = self.params(NAIVE_PARAMS, bos=False)
+            alone = self.folder / "plan_sqnr_alone.json"
+            if not alone.exists():
+                self._sqnr_alone(measured).write(alone)
+            variants["W8A8 without BOS"] = MixDQConfig(naive, 8, 8)
+            variants[f"W{self.settings.budget:g}A8, SQNR alone"] = MixDQConfig(params, str(alone), 8)
+            if self.settings.rounding:
+                rounded = self.folder / "uniform_4_rounded.safetensors"
+                self._save_model(rounded, params, BitPlan.uniform(plan, 4))
+                variants["W4A8, rounded"] = rounded
+                variants[f"{name}, nearest"] = MixDQConfig(params, dict(plan), 8)
+        variants[name] = self.folder / MODEL
+        return evaluate(
+            self.pipe,
+            variants,
+            self.captions,
+            seeds=self.settings.seeds,
+            out=self.folder / "evaluation",
+            **self.batches,
+        )
+
+    def _sqnr_alone(self, measured: Sensitivity) -> BitPlan:
+        """One group, one metric: the plan with the highest summed SQNR, content layers at the widths they may have."""
+        problem = self._problem(measured)
+        sqnr = measured.scores["weight"]["sqnr"]
+        scores: Scores = {
+            n: {b: sqnr[n][b] for b in by_bits} for g in problem.groups for n, by_bits in g.scores.items()
+        }
+        sizes: Sizes = problem.sizes
+        bits = allocation.solve(allocation.Group("all layers", scores, sizes), self.settings.budget)
+        return BitPlan(bits, source="SQNR alone")
+
+    def _save_model(self, path: Path, params: QuantParams, plan: BitPlan) -> None:
+        if path.exists():
+            return
+        unet = copy.deepcopy(self.pipe.unet)
+        quantize_(unet, MixDQConfig(params, dict(plan), 8), progress=False)
+        if self.settings.rounding:
+            grams = self._gram_matrices(params)
+            below = {n: grams[n] for n, bits in plan.items() if bits is not None and bits < 8}
+            round_weights_(unet, self.pipe.unet, below, self.progress)
+        save(unet, path)
+
+    def _gram_matrices(self, params: QuantParams) -> dict[str, torch.Tensor]:
+        if self._grams is None:
+            text = [name for name, p in params.layers.items() if p.bos_output is not None]
+            with watch_grams(self.pipe.unet, self.shapes, text) as grams:
+                for _ in run_batches(self.pipe, self.prompts, seed=self.settings.seed, text="Inputs", **self.batches):
+                    pass
+            self._grams = grams
+        return self._grams
+
+    # --- what came out ------------------------------------------------------------------------------------------------
+
+    def findings(self, name: str, evaluation: Evaluation) -> list[str]:
+        """Sentences that the numbers carry, better or worse."""
+        found = []
+        eight, four, mixed = (evaluation.row(n) for n in ("W8A8", "W4A8", name))
+        floating = evaluation.row(FLOATING)
+        if "accuracy" in floating.values:
+            lost = 100 * (floating.mean("accuracy") - eight.mean("accuracy"))
+            found.append(f"W8A8 loses {lost:.2f} points of caption accuracy, at SSIM {eight.mean('ssim'):.4f}.")
+        found.append(_against("The mixed plan", mixed, "uniform W4A8", four))
+        if self.settings.ablations:
+            found.append(
+                _against(
+                    "Handling the BOS token", eight, "treating it like any other", evaluation.row("W8A8 without BOS")
+                )
+            )
+            alone = evaluation.row(f"W{self.settings.budget:g}A8, SQNR alone")
+            plain = evaluation.row(f"{name}, nearest") if self.settings.rounding else mixed
+            found.append(_against(f"A plan from both metrics ({self._source()})", plain, "one from SQNR alone", alone))
+            if self.settings.rounding:
+                found.append(_against("GPTQ rounding of the mixed plan", mixed, "nearest rounding", plain))
+                rounded = evaluation.row("W4A8, rounded")
+                found.append(_against("The mixed plan", mixed, "uniform W4A8 with the same rounding", rounded))
+        return found
+
+    def write_results(self, name, plan, candidates, measured, evaluation: Evaluation, findings) -> None:
+        content = {
+            "command": "mixdq-ao auto",
+            "settings": parse_json("settings.json", "", read_text(self.folder / "settings.json")),
+            "versions": {"mixdq_ao": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": str(next(self.pipe.unet.parameters()).device),
+            "chosen": name,
+            "findings": findings,
+            "evaluation": evaluation.to_json(),
+            "candidates": [{k: v for k, v in asdict(c).items() if k != "bits"} for c in self._compared(candidates)],
+            "sensitivity": {"noise_floor": measured.noise_floor, "seconds": measured.seconds},
+            "plan": dict(plan),
+        }
+        write_text(self.folder / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _compared(self, candidates: list[Candidate]) -> list[Candidate]:
+        path = self.folder / "chosen.json"
+        return [Candidate(**v) for v in parse_json(path, "", read_text(path))] if path.exists() else candidates
+
+    def write_report(self, title, name, plan, candidates, measured, evaluation: Evaluation, findings) -> None:
+        points = [Point(c.name, c.mean_bits, c.ssim) for c in self._compared(candidates) if c.ssim is not None]
+        for row in evaluation.rows[1:]:
+            kind = "chosen" if row.name == name else "uniform"
+            if row.name in ("W8A8", "W4A8", name):
+                points.append(Point(row.name, row.weight_bits, row.mean("ssim"), kind))
+        scores = measured.scores["weight"]
+        panels = {"Quality layers: SQNR of the UNet output at 4 bits": ("quality", scores["sqnr"])}
+        if "ssim" in scores:
+            panels = {"Content layers: SSIM of pictures at 4 bits": ("content", scores["ssim"]), **panels}
+        write_report(
+            self.folder / REPORT,
+            evaluation,
+            title=title,
+            chosen=name,
+            plan=plan,
+            shapes=self.shapes,
+            sensitivity=panels,
+            points=points,
+            facts=self._facts(plan, measured),
+            findings=findings,
+        )
+
+    def _facts(self, plan: BitPlan, measured: Sensitivity) -> Mapping[str, str]:
+        s = self.settings
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        how = "predicted from gradients" if s.cheap else "measured, one layer at a time"
+        return {
+            "Layers": f"{len(self.shapes)}, {sum(sizes.values()) / 1e6:.2f} million weights",
+            "Plan": f"{plan.mean_bits(sizes):.3f} mean bits, from {self._source()}",
+            "Calibration": f"{len(self.prompts)} prompts, {s.num_inference_steps} steps; activations by {s.method}, "
+            f"weights by {s.weight_method}",
+            "Sensitivity": f"{how} on {min(s.sensitivity_prompts, len(self.prompts))} prompts",
+            "Rounding": "GPTQ below 8 bits" if s.rounding else "nearest",
+            "Evaluation": f"{len(self.captions)} captions, seeds {', '.join(map(str, s.seeds))}",
+            "Versions": f"mixdq_ao {__version__}, torch {torch.__version__}",
+        }
+
+    def _source(self) -> str:
+        marked = self._compared([])
+        return max(marked, key=lambda c: c.ssim).name if marked else "a plan that was there"
+
+
+def _against(what: str, row, other_what: str, other) -> str:
+    """One sentence on two rows: how much better, or that it is not."""
+    gain = row.mean("ssim") - other.mean("ssim")
+    sign = "beats" if gain > 0 else "does not beat"
+    text = f"{what} {sign} {other_what}: SSIM {row.mean('ssim'):.4f} against {other.mean('ssim'):.4f}"
+    if "accuracy" in row.values:
+        text += f", captions {100 * row.mean('accuracy'):.2f} % against {100 * other.mean('accuracy'):.2f} %"
+    return text + f", SQNR {row.mean('sqnr'):.2f} dB against {other.mean('sqnr'):.2f} dB."
