@@ -18,7 +18,7 @@ from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS, act_width, width
 from mixdq_ao.checkpoint import LayerParams, QuantParams
 from mixdq_ao.errors import MixDQError, PlanError, name_list
 from mixdq_ao.plan import BitPlan
-from mixdq_ao.tensor import BOS_TOLERANCE, MixDQTensor
+from mixdq_ao.tensor import BOS_TOLERANCE
 
 Mix = Mapping[str, tuple[int, int]]  # layer -> bits of weight and activations; 16 = floating
 
@@ -63,7 +63,7 @@ class SimulatedWeight(Tensor):
         kwargs = kwargs or {}
         if func not in (F.linear, F.conv2d):
             return super().__torch_function__(func, types, args, kwargs)
-        x, weight, *rest = _bind(func, *args, **kwargs)
+        x, weight, *rest = bind(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if weight.act is None:
                 return func(x, weight, *rest)
@@ -75,16 +75,12 @@ class SimulatedWeight(Tensor):
             return y
 
 
-def _bind(func, input, weight, bias=None, *rest, **kwargs):
-    names = ("stride", "padding", "dilation", "groups") if func is F.conv2d else ()
-    defaults = (1, 0, 1, 1)
-    return (
-        input,
-        weight,
-        bias,
-        *rest,
-        *(kwargs.get(n, d) for n, d in list(zip(names, defaults, strict=False))[len(rest) :]),
-    )
+def bind(func, input, weight, bias=None, *rest, **kwargs) -> tuple:
+    """The arguments of a call of ``F.linear`` or ``F.conv2d``, all positional: input, weight, bias, stride, ..."""
+    if func is F.conv2d:
+        names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
+        rest += tuple(kwargs.get(n, d) for n, d in list(zip(names, defaults, strict=True))[len(rest) :])
+    return input, weight, bias, *rest
 
 
 def is_bos(x: Tensor, bos_input: Tensor | None) -> Tensor:
@@ -99,12 +95,27 @@ def is_bos(x: Tensor, bos_input: Tensor | None) -> Tensor:
     return distance <= BOS_TOLERANCE * bos.abs().amax()
 
 
-def rounded_weight(weight: Tensor, bits: int, scale: Tensor | None = None, input_groups=None) -> Tensor:
-    """The floating weight that ``bits``-bit codes stand for; ``weight`` itself for 16 bits."""
+def rounded_weight(weight: Tensor, bits: int, scale: Tensor | None = None, groups: list[int] | None = None) -> Tensor:
+    """The floating weight that ``bits``-bit codes stand for, ``clamp(rint(w / s)) * s``; ``weight`` itself for 16 bits.
+
+    ``scale``: float32 ``[groups, out]``; None = ``max|w| / qmax`` of each output channel and group. The same as
+    ``MixDQTensor.from_float(...).dequantize()``, without packing codes and checking what is known to fit.
+    """
+    weight = weight.detach()
     if bits == FLOAT_BITS:
-        return weight.detach()
-    quantized = MixDQTensor.from_float(weight.detach(), bits, scale=scale, input_groups=input_groups)
-    return quantized.dequantize()
+        return weight
+    w = width(bits)
+    rows = (-1, *(1,) * (weight.dim() - 1))
+    parts = []
+    for g, part in enumerate(weight.float().split(groups or [weight.shape[1]], dim=1)):
+        if scale is None:
+            high = part.flatten(1).abs().amax(1)
+            s = torch.where(high > 0, high / w.qmax, 1.0)
+        else:
+            s = scale[g].to(weight.device)
+        s = s.view(rows)
+        parts.append((part / s).round_().clamp_(w.qmin, w.qmax).mul_(s))
+    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).to(weight.dtype)
 
 
 def act_quantizer(name: str, module: nn.Module, bits: int, params: QuantParams | None, groups) -> ActQuantizer | None:

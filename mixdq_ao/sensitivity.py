@@ -1,0 +1,639 @@
+"""Sensitivity: what quantizing one layer, to one width, does to the UNet's output and to pictures, all else floating.
+
+Two ways to the same tables:
+
+- :func:`sensitivity` quantizes each layer in turn, runs the model, and compares: SQNR of the UNet output for all
+  layers, SSIM of the pictures for content layers (for all, if asked).
+- With ``cheap=True`` one forward and backward for each prompt predicts the SQNR of all layers at once, to first order.
+  A layer's rounding error d, at its output, reaches the UNet output as J d, J the Jacobian of what follows. For a
+  probe v of independent standard normal values, ``E (v . J d)^2 = |J d|^2``, and ``v . J d`` is the product of d with
+  the gradient of ``v . output`` at the layer's output, which backward passes by anyway.
+
+Under ``accelerate launch`` the layers, or the prompts, are spread over the processes, which share ``out``.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from mixdq_ao import families
+from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS
+from mixdq_ao.calibrate import checked_prompts, digest, generators
+from mixdq_ao.checkpoint import QuantParams
+from mixdq_ao.errors import CheckpointError, MixDQError, name_list
+from mixdq_ao.evaluate import fingerprint, ssim_of_each
+from mixdq_ao.files import parse_json, read_text, write_text
+from mixdq_ao.progress import track
+from mixdq_ao.simulate import (
+    act_quantizer,
+    bind,
+    input_groups,
+    is_bos,
+    rounded_weight,
+    simulated,
+    weight_scale,
+)
+from mixdq_ao.tables import Scores, Sizes, read_scores, read_sizes, write_scores, write_sizes
+from mixdq_ao.watching import watching
+
+KINDS = {"weight": tuple(sorted(WEIGHT_BITS)), "act": tuple(sorted(ACT_BITS))}
+SQNR, SSIM = "sqnr", "ssim"
+METRICS = ("decoupled", "both")
+MAX_DB = 200.0  # stands for "no difference", which is infinite; double rounding is far above
+PROBES = 4
+# Content layers whose pictures tie the cheap mode's SSIM to its SQNR.
+ANCHORS = 4
+REPORT, ROWS = "sensitivity.json", "rows-{}.jsonl"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Tables of scores, as ``allocate`` takes them.
+
+    - ``scores``: kind ("weight", "act") -> metric ("sqnr" in dB, "ssim") -> layer -> bits -> score, higher is safer
+    - ``sizes``: kind -> layer -> weight count, or elements of the layer's input for one picture
+    - ``noise_floor``: metric -> score of the floating model against itself in batches of another size; scores above it
+      say nothing
+    - ``seconds``: spent measuring, summed over processes, loading not counted
+    - ``settings``: what was measured
+    """
+
+    scores: dict[str, dict[str, Scores]]
+    sizes: dict[str, Sizes]
+    noise_floor: dict[str, float]
+    seconds: float
+    settings: dict = field(repr=False)
+
+    def write(self, folder) -> None:
+        """``weight_sqnr.yaml``, ``act_ssim.yaml``, ``weight_sizes.yaml`` and the like, and ``sensitivity.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, metrics in self.scores.items():
+            for metric, scores in metrics.items():
+                write_scores(folder / f"{kind}_{metric}.yaml", scores)
+            write_sizes(folder / f"{kind}_sizes.yaml", self.sizes[kind])
+        tables = {kind: list(metrics) for kind, metrics in self.scores.items()}
+        report = {"tables": tables, "noise_floor": self.noise_floor, "seconds": self.seconds, "settings": self.settings}
+        write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder) -> "Sensitivity":
+        """What :meth:`write` wrote. Raises ``CheckpointError``."""
+        folder = Path(folder)
+        report = parse_json(folder / REPORT, "", read_text(folder / REPORT))
+        if not isinstance(report, dict) or set(report) != {"tables", "noise_floor", "seconds", "settings"}:
+            raise CheckpointError(folder / REPORT, "", "must be a report of sensitivity()")
+        scores = {
+            kind: {metric: read_scores(folder / f"{kind}_{metric}.yaml") for metric in metrics}
+            for kind, metrics in report["tables"].items()
+        }
+        sizes = {kind: read_sizes(folder / f"{kind}_sizes.yaml") for kind in scores}
+        return cls(scores, sizes, report["noise_floor"], report["seconds"], report["settings"])
+
+
+def sensitivity(
+    pipe,
+    params: QuantParams | None,
+    prompts: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    metrics: str = "decoupled",
+    cheap: bool = False,
+    probes: int = PROBES,
+    layers: Iterable[str] | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 0.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool | None = None,
+    **pipe_kwargs,
+) -> Sensitivity:
+    """Measure, or with ``cheap`` predict, the sensitivity of every layer at every width; writes tables into ``out``.
+
+    Args:
+        pipe: a diffusers pipeline with a floating UNet; under ``accelerate launch`` it moves to the process's device.
+        params: scales and zero points at each width, from ``calibrate``; None = weights by their largest value,
+            activations dynamic.
+        out: a folder. Each layer (cheap: each prompt) is noted there as soon as it is done, and the same call, made
+            again after it was stopped, goes on from there.
+        kinds: "weight" at 2, 4 and 8 bits with floating activations, "act" at 4 and 8 bits with floating weights.
+        metrics: "decoupled": SSIM for content layers only; "both": for all. SQNR is there for all layers.
+        probes: random directions for each prompt in cheap mode; prompts * probes estimates are averaged.
+        layers: names of the layers to measure; all by default.
+
+    Raises ``MixDQError`` for a quantized model, unknown names, and for an ``out`` that holds another measurement.
+    """
+    start = time.perf_counter()
+    prompts = checked_prompts(prompts, "sensitivity()")
+    if metrics not in METRICS:
+        raise MixDQError(f"metrics must be one of {', '.join(METRICS)}; found {metrics!r}")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise MixDQError(f"kinds must be of {', '.join(KINDS)}; found {unknown}")
+    processes = _Processes()
+    processes.place(pipe)
+    every = families.layers_of(pipe.unet)
+    names = list(every if layers is None else layers)
+    if unknown := [name for name in names if name not in every]:
+        raise MixDQError(f"{len(unknown)} names are not layers of the model: {name_list(unknown)}")
+    settings = {
+        "mode": "cheap" if cheap else "full",
+        "metrics": metrics,
+        "prompts": digest(prompts),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+        "seed": seed,
+        "pipe_kwargs": digest(sorted((name, repr(value)) for name, value in pipe_kwargs.items())),
+        "unet": fingerprint(pipe.unet),
+        "params": _digest_of(params),
+        **({"kinds": sorted(kinds), "layers": digest(names), "probes": probes} if cheap else {}),
+    }
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **pipe_kwargs}
+    run = _Run(pipe, params, prompts, call, batch_size, seed, metrics == "both")
+    rows = _Rows(Path(out), settings, processes)
+    processes.wait()  # all must see the same work as done before the first adds to it
+    if cheap:
+        _predict(run, rows, processes, kinds, names, probes, progress)
+    else:
+        _measure(run, rows, processes, kinds, names, progress)
+    rows.add("seconds", processes.rank, {"seconds": time.perf_counter() - start})
+    processes.wait()
+    found = rows.read()
+    result = (_predicted if cheap else _measured)(run, found, kinds, names, settings)
+    if processes.rank == 0:
+        result.write(out)
+    processes.wait()
+    return result
+
+
+def rank_correlation(a: Scores, b: Scores, bits: int | None = None) -> float:
+    """Spearman's rank correlation of two score tables over the layers and widths (or one width) that both have."""
+    from scipy.stats import spearmanr
+
+    keys = [(n, w) for n in a if n in b for w in a[n] if w in b[n] and bits in (None, w)]
+    return float(spearmanr([a[n][w] for n, w in keys], [b[n][w] for n, w in keys]).statistic)
+
+
+# --- running the pipeline ---------------------------------------------------------------------------------------------
+
+
+class _Processes:
+    """This process among those of ``accelerate launch``; the only one without."""
+
+    def __init__(self):
+        from accelerate import PartialState
+
+        self._state = PartialState()
+        self.rank, self.count = self._state.process_index, self._state.num_processes
+
+    def place(self, pipe) -> None:
+        if self.count > 1:
+            pipe.to(self._state.device)
+
+    def share(self, items: Sequence) -> Sequence:
+        """Every ``count``-th item: neighbours, which cost about the same, go to different processes."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        self._state.wait_for_everyone()
+
+
+@dataclass
+class _Call:
+    """One call of the UNet: its arguments, and its output, detached."""
+
+    args: tuple
+    kwargs: dict
+    output: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.output.shape[0]
+
+    def on_batch(self, change) -> tuple[tuple, dict]:
+        """The arguments with ``change`` made to every tensor that has the batch as its first dimension."""
+
+        def each(t: Tensor) -> Tensor:
+            return change(t) if t.dim() and t.shape[0] == self.batch else t
+
+        return tree_map_only(Tensor, each, (self.args, self.kwargs))
+
+
+class _Run:
+    """The pipeline with its prompts, and what the floating model does with them."""
+
+    def __init__(self, pipe, params, prompts, call: dict, batch_size: int, seed: int, all_pictures: bool):
+        self.pipe, self.params, self.prompts, self.call = pipe, params, prompts, call
+        self.batch_size, self.seed, self.all_pictures = batch_size, seed, all_pictures
+        self.family = families.family_of(pipe.unet)
+        self.layers = families.layers_of(pipe.unet)
+        pipe.set_progress_bar_config(disable=True)
+        self.calls: list[_Call] = []
+        self.pictures: Tensor | None = None
+
+    def draw(self, numbers: Sequence[int], batch_size: int, pictures: bool = True) -> tuple[Tensor | None, list[_Call]]:
+        """Pictures ``[n, 3, h, w]`` in 0..1 (None where they are not wanted) and the UNet calls behind them."""
+        calls, parts = [], []
+
+        def keep(module, args, kwargs, output):
+            first = output[0] if isinstance(output, tuple) else output.sample
+            calls.append(_Call(args, kwargs, first.detach()))
+
+        hook = self.pipe.unet.register_forward_hook(keep, with_kwargs=True)
+        try:
+            for start in range(0, len(numbers), batch_size):
+                part = numbers[start : start + batch_size]
+                with torch.no_grad():
+                    result = self.pipe(
+                        prompt=[self.prompts[i] for i in part],
+                        generator=generators(self.seed, part),
+                        output_type="pt" if pictures else "latent",
+                        **self.call,
+                    )
+                parts.append(result.images.float().cpu())
+        finally:
+            hook.remove()
+        return (torch.cat(parts) if pictures else None), calls
+
+    def make_reference(self, pictures: bool) -> None:
+        self.pictures, self.calls = self.draw(range(len(self.prompts)), self.batch_size, pictures)
+        if not all(bool(call.output.isfinite().all()) for call in self.calls):
+            raise MixDQError("the floating UNet's output is not finite; run it in float32 or bfloat16")
+
+    @torch.no_grad()
+    def replay(self, call: _Call, change=lambda t: t) -> Tensor:
+        args, kwargs = call.on_batch(change)
+        return self.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
+
+    def wants_pictures(self, name: str) -> bool:
+        return self.all_pictures or self.family.is_content(name)
+
+    def scores(self, pictures: bool) -> dict[str, float]:
+        """SQNR, and SSIM if wanted, of the pipeline's present UNet against the reference."""
+        outputs = None
+        scores = {}
+        if pictures:
+            drawn, calls = self.draw(range(len(self.prompts)), self.batch_size)
+            scores[SSIM] = self._ssim(drawn)
+            # With one step the inputs were those of the floating model, and nothing is left to run.
+            if self.call["num_inference_steps"] == 1:
+                outputs = [call.output for call in calls]
+        if outputs is None:
+            outputs = [self.replay(call) for call in self.calls]
+        pairs = zip(self.calls, outputs, strict=True)
+        return {SQNR: _decibels(*_energies([(call.output, output) for call, output in pairs])), **scores}
+
+    def _ssim(self, pictures: Tensor) -> float:
+        return float(ssim_of_each(pictures.nan_to_num(0.0), self.pictures).mean())
+
+    def noise_floor(self) -> dict[str, float]:
+        """Scores of the floating model against itself, in batches of half the size."""
+        pairs = []
+        for call in self.calls:
+            half = max(1, call.batch // 2)
+            slices = [slice(i, i + half) for i in range(0, call.batch, half)]
+            pairs.append((call.output, torch.cat([self.replay(call, itemgetter(part)) for part in slices])))
+        floor = {SQNR: _decibels(*_energies(pairs))}
+        if self.pictures is not None:
+            drawn, _ = self.draw(range(len(self.prompts)), max(1, self.batch_size // 2))
+            floor[SSIM] = self._ssim(drawn)
+        return floor
+
+    def input_sizes(self) -> Sizes:
+        """Elements of each layer's input for one picture, over all calls for it."""
+        sizes: Sizes = {}
+        pictures = len(self.prompts)
+
+        def note(name: str, x: Tensor) -> None:
+            sizes[name] = sizes.get(name, 0.0) + x.numel() / min(self.batch_size, pictures)
+
+        numbers = range(min(self.batch_size, pictures))
+        with watching(self.pipe.unet, {name: partial(note, name) for name in self.layers}):
+            self.draw(numbers, self.batch_size, pictures=False)
+        return sizes
+
+
+def _energies(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Energy of the references, and of the differences, in float64."""
+    signal = noise = 0.0
+    for reference, value in pairs:
+        reference = reference.double()
+        signal += float(reference.square().sum())
+        noise += float((value.double() - reference).square().sum())
+    return signal, noise
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)``, at most ``MAX_DB``; a noise that is not finite is as bad as can be."""
+    if not math.isfinite(noise):
+        return -MAX_DB
+    return MAX_DB if noise <= 0 else max(-MAX_DB, min(MAX_DB, 10 * math.log10(signal / noise)))
+
+
+# --- the notebook of what is done -------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """What is done, line by line of JSON, one file for each process; the first line holds the settings.
+
+    A line is written at once and flushed to the disk, so that stopping at any point loses what is under way and no
+    more. A last line that was cut off is dropped.
+    """
+
+    def __init__(self, folder: Path, settings: dict, processes: _Processes):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._settings = folder, settings
+        self._path = folder / ROWS.format(processes.rank)
+        self._mend()
+        # What others did in an earlier run counts; what they do now does not concern this one.
+        self.done = set(self.read())
+
+    def _mend(self) -> None:
+        """Drop a cut-off last line of this process's file; begin it with the settings where it is new."""
+        data = self._path.read_bytes() if self._path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(self._path, len(whole))
+        if not whole:
+            self._append({"settings": self._settings})
+
+    def _append(self, line: dict) -> None:
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (json.dumps(line, allow_nan=False) + "\n").encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def add(self, what: str, key, value: dict) -> None:
+        self._append({"what": what, "key": key, **value})
+
+    def read(self) -> dict[tuple, dict]:
+        """``(what, key)`` to the values, of all processes. Raises ``MixDQError`` for another measurement's files."""
+        found = {}
+        for path in sorted(self._folder.glob(ROWS.format("*"))):
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            values = [parse_json(path, f"line {i}", line) for i, line in enumerate(lines, 1)]
+            if not values:
+                continue  # a process that is about to write its first line
+            theirs = values[0].get("settings", {})
+            different = [key for key in {*theirs, *self._settings} if theirs.get(key) != self._settings.get(key)]
+            if different:
+                raise MixDQError(
+                    f"{path}: this is a measurement with other {', '.join(sorted(different))}. Give the same arguments "
+                    "to go on with it, or another folder"
+                )
+            for row in values[1:]:
+                key = (row["what"], row["key"])
+                if row["what"] == "seconds":
+                    row["seconds"] += found.get(key, {"seconds": 0.0})["seconds"]
+                found[key] = row
+        return found
+
+
+def _digest_of(params: QuantParams | None) -> str | None:
+    if params is None:
+        return None
+    values = [
+        (f"{name}.{key}", tensor.double().flatten().tolist())
+        for name, layer in sorted(params.layers.items())
+        for key, _, tensor in layer.tensors()
+    ]
+    return digest(values)
+
+
+# --- the full measurement ---------------------------------------------------------------------------------------------
+
+
+def _pair(kind: str, bits: int) -> tuple[int, int]:
+    """Bits of weight and activations where only ``kind`` is quantized."""
+    return (bits, FLOAT_BITS) if kind == "weight" else (FLOAT_BITS, bits)
+
+
+def _measure(run: _Run, rows: _Rows, processes: _Processes, kinds, names, progress) -> None:
+    todo = [(kind, name) for kind in kinds for name in names]
+    mine = [(kind, name) for kind, name in todo if (kind, name) not in rows.done]
+    mine = processes.share(mine)
+    if mine or ("floor", "") not in rows.done:
+        run.make_reference(any(run.wants_pictures(name) for name in names))
+    if processes.rank == 0:
+        _note_model(run, rows)
+    text = "Sensitivity" if processes.count == 1 else f"Sensitivity, process 1 of {processes.count}"
+    for kind, name in track(mine, text, len(mine), progress if processes.rank == 0 else False):
+        values: dict[str, dict[int, float]] = {}
+        for bits in KINDS[kind]:
+            with simulated(run.pipe.unet, run.params, {name: _pair(kind, bits)}):
+                for metric, score in run.scores(run.wants_pictures(name)).items():
+                    values.setdefault(metric, {})[bits] = score
+        rows.add(kind, name, values)
+
+
+def _note_model(run: _Run, rows: _Rows) -> None:
+    if ("floor", "") not in rows.done:
+        rows.add("floor", "", {"floor": run.noise_floor(), "input_sizes": run.input_sizes()})
+
+
+def _measured(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
+    scores = {}
+    for kind in kinds:
+        scores[kind] = {}
+        for name in names:
+            for metric in (SQNR, SSIM):
+                values = rows[kind, name].get(metric)
+                if values is not None:
+                    by_bits = {int(bits): score for bits, score in values.items()}
+                    scores[kind].setdefault(metric, {})[name] = by_bits
+    return _result(run, rows, scores, names, settings)
+
+
+def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
+    model = rows["floor", ""]
+    seen = model["input_sizes"]
+    if unseen := [name for name in names if name not in seen]:
+        raise MixDQError(f"{len(unseen)} layers were never run: {name_list(unseen)}")
+    sizes = {"weight": {n: float(run.layers[n].weight.numel()) for n in names}, "act": {n: seen[n] for n in names}}
+    seconds = sum(row["seconds"] for (what, _), row in rows.items() if what == "seconds")
+    return Sensitivity(scores, {kind: sizes[kind] for kind in scores}, model["floor"], seconds, settings)
+
+
+# --- the prediction ---------------------------------------------------------------------------------------------------
+
+
+class _ProbedWeight(Tensor):
+    """A weight whose layer's output hands its gradient, with the layer's input, to ``self.probe``."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (F.linear, F.conv2d):
+            return super().__torch_function__(func, types, args, kwargs)
+        x, weight, *rest = bind(func, *args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            y = func(x, weight, *rest)
+        if not y.requires_grad:
+            y.requires_grad_()  # no other layer is before this one: what enters the UNet has no gradient
+        y.register_hook(partial(weight.probe, func, x.detach(), rest[1:]))
+        return y
+
+
+class _Probe:
+    """Products of a layer's rounding errors with the gradients of each probe, summed over the layer's calls."""
+
+    def __init__(self, name: str, module: nn.Module, run: _Run, points, kinds: Sequence[str], probes: int):
+        self._name, self._weight, self._probes = name, module.weight.detach(), probes
+        groups = input_groups(name, module, run.params, points)
+        p = None if run.params is None else run.params.layers[name]
+        self._bos = p if p is not None and p.bos_output is not None else None
+        self._scales = {b: weight_scale(name, b, run.params) for b in KINDS["weight"] if "weight" in kinds}
+        self._groups = groups
+        self._acts = {b: act_quantizer(name, module, b, run.params, groups) for b in KINDS["act"] if "act" in kinds}
+        self.products: dict[tuple[str, int], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, func, x: Tensor, rest, gradient: Tensor) -> None:
+        # Probes repeat the batch: the first of them has the inputs of all.
+        x = x.unflatten(0, (self._probes, -1))[0]
+        gradient = gradient.unflatten(0, (self._probes, -1)).float()
+        for bits, scale in self._scales.items():
+            change = rounded_weight(self._weight, bits, scale, self._groups).sub_(self._weight)
+            self._add("weight", bits, func(x, change, None, *rest), gradient)
+        for bits, act in self._acts.items():
+            change = act(x).sub_(x)
+            if self._bos is not None:
+                change[:, 0].masked_fill_(is_bos(x, self._bos.bos_input), 0.0)
+            self._add("act", bits, func(change, self._weight, None, *rest), gradient)
+
+    def _add(self, kind: str, bits: int, error: Tensor, gradient: Tensor) -> None:
+        product = (gradient * error.float()).flatten(1).sum(1).double()
+        before = self.products.get((kind, bits))
+        self.products[kind, bits] = product if before is None else before + product
+
+    def noise(self, kind: str) -> list[float]:
+        """Estimated energy that reaches the UNet output, at each width."""
+        noise = [float(self.products[kind, bits].square().mean()) for bits in KINDS[kind]]
+        if not all(map(math.isfinite, noise)):
+            raise MixDQError(f"{self._name}: the gradient is not finite; run the UNet in float32 or bfloat16")
+        return noise
+
+
+@contextmanager
+def _probing(model: nn.Module, probes: dict[str, _Probe]) -> Iterator[None]:
+    """While the block runs, backward passes every layer's gradient to its probe, and stops at the parameters."""
+    layers = families.layers_of(model)
+    originals = {name: layers[name].weight for name in probes}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in flags:
+            p.requires_grad_(False)
+        for name, probe in probes.items():
+            weight = nn.Parameter(originals[name].detach().as_subclass(_ProbedWeight), requires_grad=False)
+            weight.probe = probe
+            layers[name].weight = weight
+        yield
+    finally:
+        for name, weight in originals.items():
+            layers[name].weight = weight
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+def probe_call(run: _Run, call: _Call, kinds, names, probes: int, generator: torch.Generator) -> dict:
+    """Energies that one UNet call's output has, and that each layer's rounding adds to it, to first order."""
+    points = families.split_points(run.pipe.unet)
+    made = {name: _Probe(name, run.layers[name], run, points, kinds, probes) for name in names}
+    args, kwargs = call.on_batch(lambda t: t.repeat(probes, *(1,) * (t.dim() - 1)))
+    with _probing(run.pipe.unet, made), torch.enable_grad():
+        output = run.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
+        direction = torch.randn(output.shape, generator=generator).to(output)
+        output.backward(direction)
+    if idle := [name for name, probe in made.items() if not probe.products]:
+        raise MixDQError(f"{len(idle)} layers do not reach the UNet's output: {name_list(idle)}")
+    return {
+        "signal": float(call.output.double().square().sum()),
+        "noise": {kind: {name: probe.noise(kind) for name, probe in made.items()} for kind in kinds},
+    }
+
+
+def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes: int, progress) -> None:
+    numbers = [i for i in range(len(run.prompts)) if ("prompt", i) not in rows.done]
+    mine = processes.share(numbers)
+    for number in track(mine, "Sensitivity", len(mine), progress if processes.rank == 0 else False):
+        _, calls = run.draw([number], 1, pictures=False)
+        found = [
+            probe_call(run, call, kinds, names, probes, generators(run.seed + 1, [number * len(calls) + i])[0])
+            for i, call in enumerate(calls)
+        ]
+        noise = {
+            kind: {name: [sum(v) for v in zip(*(f["noise"][kind][name] for f in found), strict=True)] for name in names}
+            for kind in kinds
+        }
+        rows.add("prompt", number, {"signal": sum(f["signal"] for f in found), "noise": noise})
+    processes.wait()
+    if processes.rank == 0 and not {("floor", ""), ("anchors", "")} <= rows.done:
+        content = [name for name in names if run.wants_pictures(name)]
+        run.make_reference(bool(content))
+        _note_model(run, rows)
+        if ("anchors", "") not in rows.done:
+            rows.add("anchors", "", {"factor": _anchor(run, _predicted_noise(rows.read(), kinds, names), content)})
+
+
+def _predicted_noise(rows: dict, kinds, names) -> dict[str, dict[str, dict[int, float]]]:
+    """Relative error energy of the UNet output: kind -> layer -> bits."""
+    found = [row for (what, _), row in rows.items() if what == "prompt"]
+    signal = sum(row["signal"] for row in found)
+    return {
+        kind: {
+            name: {
+                bits: sum(row["noise"][kind][name][i] for row in found) / signal for i, bits in enumerate(KINDS[kind])
+            }
+            for name in names
+        }
+        for kind in kinds
+    }
+
+
+def _anchor(run: _Run, noise, content: list[str]) -> float | None:
+    """How much larger the relative error energy of pictures, ``2 (1/SSIM - 1)``, is than that of the UNet output.
+
+    The median over a few content layers, spread over the range of predictions, each quantized for real to its lowest
+    width; None without content layers.
+    """
+    if not content:
+        return None
+    kind = next(iter(noise))
+    bits = KINDS[kind][0]
+    order = sorted(content, key=lambda name: noise[kind][name][bits])
+    factors = []
+    for i in range(ANCHORS):
+        name = order[(2 * i + 1) * len(order) // (2 * ANCHORS)]
+        with simulated(run.pipe.unet, run.params, {name: _pair(kind, bits)}):
+            scores = run.scores(pictures=True)
+        energy = 10 ** (-scores[SQNR] / 10)
+        factors.append(2 * (1 / max(scores[SSIM], 1e-3) - 1) / energy)
+    return sorted(factors)[len(factors) // 2]
+
+
+def _predicted(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
+    noise = _predicted_noise(rows, kinds, names)
+    factor = rows["anchors", ""]["factor"]
+    scores = {}
+    for kind in kinds:
+        tables = {SQNR: {n: {b: _decibels(1.0, e) for b, e in by_bits.items()} for n, by_bits in noise[kind].items()}}
+        if factor is not None:
+            content = [name for name in names if run.wants_pictures(name)]
+            tables[SSIM] = {n: {b: 1 / (1 + factor * e / 2) for b, e in noise[kind][n].items()} for n in content}
+        scores[kind] = tables
+    return _result(run, rows, scores, names, settings)
