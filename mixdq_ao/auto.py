@@ -20,6 +20,7 @@ from mixdq_ao import families
 from mixdq_ao._version import __version__
 from mixdq_ao.calibrate import calibrate, checked_prompts, digest, run_batches
 from mixdq_ao.checkpoint import QuantParams
+from mixdq_ao.choose import choose
 from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate, fingerprint
@@ -27,7 +28,7 @@ from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.model_file import save
 from mixdq_ao.plan import BitPlan
 from mixdq_ao.report import Point, write_report
-from mixdq_ao.rounding import round_weights_, watch_grams
+from mixdq_ao.rounding import round_from_data_
 from mixdq_ao.sensitivity import Sensitivity, sensitivity
 from mixdq_ao.tables import Scores, Sizes
 
@@ -132,7 +133,6 @@ class _Run:
         self.call = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
         self.batches = {"batch_size": settings.batch_size, "progress": progress, **self.call}
         self.shapes = families.layer_shapes(pipe.unet)
-        self._grams = None
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -212,22 +212,22 @@ class _Run:
         return allocation.problem(scores.get("ssim"), scores["sqnr"], measured.sizes["weight"], family=family)
 
     def choose(self, params: QuantParams, candidates: list[Candidate]) -> BitPlan:
-        """The candidate whose pictures of calibration prompts are nearest to the floating ones, by mean SSIM."""
+        """The candidate whose pictures of calibration prompts are nearest to the floating ones, by the rule of choose."""
         path = self.folder / PLAN
         if not path.exists():
-            found = evaluate(
+            choice = choose(
                 self.pipe,
-                {c.name: MixDQConfig(params, c.bits, 8) for c in candidates},
+                params,
+                {c.name: BitPlan(c.bits, source=c.name) for c in candidates},
                 self.prompts[: self.settings.choose_prompts],
                 seeds=self.settings.seeds[:1],
                 out=self.folder / "choose",
                 pictures=1,
                 **self.batches,
             )
-            marked = [replace(c, ssim=found.row(c.name).mean("ssim")) for c in candidates]
+            marked = [replace(c, ssim=choice.evaluation.row(c.name).mean("ssim")) for c in candidates]
             write_text(self.folder / "chosen.json", json.dumps([asdict(c) for c in marked], indent=1) + "\n")
-            best = max(marked, key=lambda c: c.ssim)
-            BitPlan(best.bits, source=best.name).write(path)
+            choice.plan.write(path)
         return BitPlan.read(path)
 
     def evaluate(self, name: str, params: QuantParams, plan: BitPlan, measured: Sensitivity) -> Evaluation:
@@ -273,19 +273,13 @@ class _Run:
         unet = copy.deepcopy(self.pipe.unet)
         quantize_(unet, MixDQConfig(params, dict(plan), 8), progress=False)
         if self.settings.rounding:
-            grams = self._gram_matrices(params)
-            below = {n: grams[n] for n, bits in plan.items() if bits is not None and bits < 8}
-            round_weights_(unet, self.pipe.unet, below, self.progress)
+            text = [name for name, p in params.layers.items() if p.bos_output is not None]
+            round_from_data_(unet, self.pipe.unet, self._run_prompts, without_bos=text, progress=self.progress)
         save(unet, path)
 
-    def _gram_matrices(self, params: QuantParams) -> dict[str, torch.Tensor]:
-        if self._grams is None:
-            text = [name for name, p in params.layers.items() if p.bos_output is not None]
-            with watch_grams(self.pipe.unet, self.shapes, text) as grams:
-                for _ in run_batches(self.pipe, self.prompts, seed=self.settings.seed, text="Inputs", **self.batches):
-                    pass
-            self._grams = grams
-        return self._grams
+    def _run_prompts(self) -> None:
+        for _ in run_batches(self.pipe, self.prompts, seed=self.settings.seed, text="Inputs", **self.batches):
+            pass
 
     # --- what came out ------------------------------------------------------------------------------------------------
 

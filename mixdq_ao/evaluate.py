@@ -30,6 +30,7 @@ from mixdq_ao.summary import MIB, storage_bytes
 FLOATING = "floating"
 TITLES = {"sqnr": "SQNR", "psnr": "PSNR", "ssim": "SSIM", "accuracy": "captions", "lpips": "LPIPS", "fid": "FID"}
 UNITS = {"sqnr": "dB", "psnr": "dB", "accuracy": "%"}
+LOWER_IS_BETTER = ("lpips", "fid")
 _AGAINST_FLOATING = ("sqnr", "psnr", "ssim", "lpips", "fid")
 # Of LPIPS, as vllm-omni and nunchaku draw the lines in their tests.
 LPIPS_BANDS = ((0.10, "same picture"), (0.15, "like fp8"), (0.30, "like 4 bits"), (0.50, "other picture"))

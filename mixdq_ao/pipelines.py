@@ -22,7 +22,7 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(os.fspath(name), torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MixDQError(

@@ -6,7 +6,7 @@ come make up for each error, so that ``|| (W - W_hat) X ||^2`` over the calibrat
 needs of X is the Gram matrix ``X X^T``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,7 @@ from mixdq_ao.tensor import MixDQTensor
 from mixdq_ao.watching import watching
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it
+GRAM_MEMORY = 4 * 2**30  # bytes; a 3x3 convolution of 1280 channels alone takes half a GiB
 _BLOCK = 128  # columns between updates of all that follow
 _UNFOLD_BYTES = 2**28
 
@@ -97,6 +98,43 @@ def round_weights_(
         if after < before:
             modules[name].weight = nn.Parameter(new, requires_grad=False)
     return shares
+
+
+def round_from_data_(
+    quantized: nn.Module,
+    floating: nn.Module,
+    run: Callable[[], object],
+    *,
+    without_bos: Iterable[str] = (),
+    memory: int = GRAM_MEMORY,
+    progress: bool | None = None,
+) -> dict[str, float]:
+    """Round all weights below 8 bits of ``quantized`` anew, in place; ``run`` runs ``floating`` on calibration data.
+
+    It is called as often as needed to hold no more than ``memory`` bytes of Gram matrices (and one layer) at a time.
+    See :func:`watch_grams` and :func:`round_weights_`.
+    """
+    weights = {n: m.weight for n, m in families.layers_of(quantized).items() if isinstance(m.weight, MixDQTensor)}
+    sides = {name: w.shape[1:].numel() for name, w in weights.items() if w.bits < 8}
+    shares = {}
+    for names in _groups({name: 4 * side**2 for name, side in sides.items()}, memory):
+        with watch_grams(floating, names, without_bos) as grams:
+            run()
+        shares |= round_weights_(quantized, floating, grams, progress)
+    return shares
+
+
+def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut where their sizes add up to more than ``limit``; at least one a group."""
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups
 
 
 def gptq_codes(weight: Tensor, gram: Tensor, scale: Tensor, bits: int, input_groups: list[int]) -> Tensor:

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-
-from tests.models import tiny_sdxl_unet
+from models import tiny_sdxl_unet
 
 TOKENS, WIDTH, POOLED = 7, 64, 32
 

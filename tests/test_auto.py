@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import run_unet, unet_inputs
+from pipelines import FakePipeline, prompts
 
 from mixdq_ao import BitPlan, MixDQError, QuantParams, families, files, load
 from mixdq_ao.auto import MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, auto
-from tests.models import run_unet, unet_inputs
-from tests.pipelines import FakePipeline, prompts
 
 SETTINGS = Settings(
     budget=5.0, seeds=(0, 1), batch_size=2, sensitivity_prompts=2, choose_prompts=2, candidates=2, ablations=True
@@ -89,10 +89,10 @@ def test_goes_on_after_being_killed(whole, tmp_path):
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from tests.test_auto import run\n"
+        "from test_auto import run\n"
         f"run(Path({str(tmp_path)!r}))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     while not (tmp_path / "candidates.json").exists() and process.poll() is None:
         time.sleep(0.005)

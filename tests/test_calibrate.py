@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import run_unet, tiny_sdxl_unet, unet_inputs
+from pipelines import FakePipeline, prompts
 from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQError, MixDQTensor, calibrate, families, observe, quantize_
 from mixdq_ao.calibrate import WEIGHT_METHODS, weight_scale
 from mixdq_ao.ranges import BINS, METHODS, InputRange, scale_and_zero_point
-from tests.models import run_unet, tiny_sdxl_unet, unet_inputs
-from tests.pipelines import FakePipeline, prompts
 
 TEXT_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -203,7 +203,7 @@ def test_goes_on_after_being_killed(tmp_path):
     code = (
         "import time\n"
         "from mixdq_ao import calibrate\n"
-        "from tests.pipelines import FakePipeline, prompts\n"
+        "from pipelines import FakePipeline, prompts\n"
         "class Slow(FakePipeline):\n"
         "    def __call__(self, **kwargs):\n"
         "        time.sleep(0.05)\n"
@@ -212,7 +212,7 @@ def test_goes_on_after_being_killed(tmp_path):
         f"params.save({str(out)!r})\n"
     )
     root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", code]
     process = subprocess.Popen(start, cwd=root, env=environment, stderr=subprocess.DEVNULL)
     while not state.exists() and process.poll() is None:

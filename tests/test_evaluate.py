@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from pipelines import FakePipeline, prompts
 
 from mixdq_ao import MixDQConfig, MixDQError, calibrate, families, quantize_, save
 from mixdq_ao.evaluate import FLOATING, LPIPS_BANDS, evaluate, fingerprint, lpips_band, psnr, sqnr, ssim
 from mixdq_ao.extras import EXTRAS
 from mixdq_ao.scenes import held_out_captions
-from tests.pipelines import FakePipeline, prompts
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
+from pipelines import FakePipeline
 
 from mixdq_ao import BitPlan, MixDQConfig, MixDQError, calibrate, families
 from mixdq_ao.evaluate import evaluate
 from mixdq_ao.report import Point, pareto_svg, write_report
-from tests.pipelines import FakePipeline
 
 EVIL = '<script>alert("x")</script> & </figure>'
 

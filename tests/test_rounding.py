@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from models import run_unet, unet_inputs
+from pipelines import FakePipeline, prompts
 from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQError, MixDQTensor, calibrate, families, load, quantize_, save
 from mixdq_ao.calibrate import run_batches
 from mixdq_ao.evaluate import sqnr
-from mixdq_ao.rounding import gptq_codes, round_weights_, watch_grams
-from tests.models import run_unet, unet_inputs
-from tests.pipelines import FakePipeline, prompts
+from mixdq_ao.rounding import gptq_codes, round_from_data_, round_weights_, watch_grams
 
 
 def correlated(k: int, n: int) -> torch.Tensor:
@@ -69,6 +69,16 @@ def test_a_whole_unet(tmp_path):
     for name, module in families.layers_of(quantized).items():
         assert torch.equal(module.weight.scale, scales[name]) and module.weight.bits == 4
     rounded = run_unet(quantized, **inputs)
+    piecewise = copy.deepcopy(pipe.unet)
+    quantize_(piecewise, MixDQConfig(params, 4, 8), progress=False)
+    runs = []
+
+    def run():
+        runs.append(list(run_batches(pipe, prompts(4), progress=False)))
+
+    again = round_from_data_(piecewise, pipe.unet, run, without_bos=text, memory=2**22, progress=False)
+    assert again == shares and len(runs) > 1
+    assert torch.equal(run_unet(piecewise, **inputs), rounded)
     assert sqnr(reference, rounded) > sqnr(reference, nearest)
     save(quantized, tmp_path / "model.safetensors")
     assert torch.equal(run_unet(load(tmp_path / "model.safetensors"), **inputs), rounded)

@@ -10,7 +10,7 @@ from mixdq_ao.calibrate import run_batches
 from mixdq_ao.evaluate import evaluate
 from mixdq_ao.pipelines import load_pipeline
 from mixdq_ao.prompts import built_in_prompts
-from mixdq_ao.rounding import round_weights_, watch_grams
+from mixdq_ao.rounding import round_from_data_
 
 pipe = load_pipeline("tiny-sdxl")  # or the folder of any SDXL-like pipeline
 prompts = built_in_prompts(16, scenes=True)  # or read_prompts("captions_val2014.json", 128)
@@ -32,12 +32,9 @@ print(f"  {params.layers[layer].act_scale[8].item():.4f} without it")
 # Three ways to a 4-bit model: scales from the largest weight, scales with the least error, and GPTQ rounding on top.
 coarse = calibrate(pipe, prompts, weight_method="minmax")
 text_layers = [name for name, p in params.layers.items() if p.bos_output is not None]
-with watch_grams(pipe.unet, params.layers, text_layers) as grams:
-    for _ in run_batches(pipe, prompts):
-        pass
 rounded = copy.deepcopy(pipe.unet)
 quantize_(rounded, MixDQConfig(params, weight_bits=4))
-round_weights_(rounded, pipe.unet, grams)
+round_from_data_(rounded, pipe.unet, lambda: list(run_batches(pipe, prompts)), without_bos=text_layers)
 save(rounded, "w4a8.safetensors")  # codes, scales and all: mixdq_ao.load() gives it back
 
 result = evaluate(
