@@ -34,6 +34,7 @@ from mixdq_ao.tables import Scores, Sizes
 
 CHOSEN = "MixDQ W{bits:g}A8"
 PARAMS, NAIVE_PARAMS, PLAN = "params.safetensors", "params_naive.safetensors", "plan.json"
+RATIO = "ratio"
 MODEL, RESULTS, REPORT = "quantized.safetensors", "results.json", "report.html"
 
 
@@ -110,9 +111,9 @@ def auto(
     plan = run.choose(params, candidates)
     name = CHOSEN.format(bits=settings.budget)
     evaluation = run.evaluate(name, params, plan, measured)
-    findings = run.findings(name, evaluation)
-    run.write_results(name, plan, candidates, measured, evaluation, findings)
-    run.write_report(title, name, plan, candidates, measured, evaluation, findings)
+    findings = run.findings(name, plan, evaluation)
+    run.write_results(name, plan, measured, evaluation, findings)
+    run.write_report(title, name, plan, measured, evaluation, findings)
     return Auto(folder, name, plan, evaluation, findings)
 
 
@@ -196,7 +197,9 @@ class _Run:
         if not path.exists():
             problem = self._problem(measured)
             points = allocation.sweep(problem, self.settings.budget, progress=self.progress)
-            found = [Candidate(f"ratio {p.ratio:g}", dict(p.plan), p.mean_bits) for p in points if p.ratio is not None]
+            found = [
+                Candidate(f"{RATIO} {p.ratio:g}", dict(p.plan), p.mean_bits) for p in points if p.ratio is not None
+            ]
             found += [Candidate("one group", dict(p.plan), p.mean_bits) for p in points if p.ratio is None]
             if problem.noise is not None:
                 order = {c.name: p.noise for c, p in zip(found, points, strict=True)}
@@ -212,7 +215,7 @@ class _Run:
         return allocation.problem(scores.get("ssim"), scores["sqnr"], measured.sizes["weight"], family=family)
 
     def choose(self, params: QuantParams, candidates: list[Candidate]) -> BitPlan:
-        """The candidate whose pictures of calibration prompts are nearest to the floating ones, by the rule of choose."""
+        """The candidate whose pictures of calibration prompts are nearest to the floating ones, see ``choose``."""
         path = self.folder / PLAN
         if not path.exists():
             choice = choose(
@@ -239,7 +242,12 @@ class _Run:
             alone = self.folder / "plan_sqnr_alone.json"
             if not alone.exists():
                 self._sqnr_alone(measured).write(alone)
+            ends = list(self.shapes)
+            ends = {name: 8 if name in (ends[0], ends[-1]) else 4 for name in ends}
             variants["W8A8 without BOS"] = MixDQConfig(naive, 8, 8)
+            variants["W4A8, first and last layer W8"] = MixDQConfig(params, ends, 8)
+            if (groups := self._best_of_sweep()) is not None:
+                variants[f"W{self.settings.budget:g}A8, two groups"] = MixDQConfig(params, groups.bits, 8)
             variants[f"W{self.settings.budget:g}A8, SQNR alone"] = MixDQConfig(params, str(alone), 8)
             if self.settings.rounding:
                 rounded = self.folder / "uniform_4_rounded.safetensors"
@@ -255,6 +263,10 @@ class _Run:
             out=self.folder / "evaluation",
             **self.batches,
         )
+
+    def _best_of_sweep(self) -> Candidate | None:
+        """The best of the plans that have one program for each group and metric; None for a model with one group."""
+        return max((c for c in self._compared() if c.name.startswith(RATIO)), key=lambda c: c.ssim, default=None)
 
     def _sqnr_alone(self, measured: Sensitivity) -> BitPlan:
         """One group, one metric: the plan with the highest summed SQNR, content layers at the widths they may have."""
@@ -283,7 +295,7 @@ class _Run:
 
     # --- what came out ------------------------------------------------------------------------------------------------
 
-    def findings(self, name: str, evaluation: Evaluation) -> list[str]:
+    def findings(self, name: str, plan: BitPlan, evaluation: Evaluation) -> list[str]:
         """Sentences that the numbers carry, better or worse."""
         found = []
         eight, four, mixed = (evaluation.row(n) for n in ("W8A8", "W4A8", name))
@@ -300,14 +312,20 @@ class _Run:
             )
             alone = evaluation.row(f"W{self.settings.budget:g}A8, SQNR alone")
             plain = evaluation.row(f"{name}, nearest") if self.settings.rounding else mixed
-            found.append(_against(f"A plan from both metrics ({self._source()})", plain, "one from SQNR alone", alone))
+            if self._best_of_sweep() is not None:
+                groups = evaluation.row(f"W{self.settings.budget:g}A8, two groups")
+                decoupled = "Decoupling (content layers by SSIM, the others by SQNR)"
+                found.append(_against(decoupled, groups, "SQNR alone for all", alone))
+            found.append(_against(f"The chosen plan ({self._source(plan)})", plain, "SQNR alone for all", alone))
+            ends = evaluation.row("W4A8, first and last layer W8")
+            found.append(_against("The chosen plan", plain, "uniform W4A8 with W8 at both ends", ends))
             if self.settings.rounding:
                 found.append(_against("GPTQ rounding of the mixed plan", mixed, "nearest rounding", plain))
                 rounded = evaluation.row("W4A8, rounded")
                 found.append(_against("The mixed plan", mixed, "uniform W4A8 with the same rounding", rounded))
         return found
 
-    def write_results(self, name, plan, candidates, measured, evaluation: Evaluation, findings) -> None:
+    def write_results(self, name, plan, measured, evaluation: Evaluation, findings) -> None:
         content = {
             "command": "mixdq-ao auto",
             "settings": parse_json("settings.json", "", read_text(self.folder / "settings.json")),
@@ -316,18 +334,18 @@ class _Run:
             "chosen": name,
             "findings": findings,
             "evaluation": evaluation.to_json(),
-            "candidates": [{k: v for k, v in asdict(c).items() if k != "bits"} for c in self._compared(candidates)],
+            "candidates": [{k: v for k, v in asdict(c).items() if k != "bits"} for c in self._compared()],
             "sensitivity": {"noise_floor": measured.noise_floor, "seconds": measured.seconds},
             "plan": dict(plan),
         }
         write_text(self.folder / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    def _compared(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _compared(self) -> list[Candidate]:
         path = self.folder / "chosen.json"
-        return [Candidate(**v) for v in parse_json(path, "", read_text(path))] if path.exists() else candidates
+        return [Candidate(**values) for values in parse_json(path, "", read_text(path))]
 
-    def write_report(self, title, name, plan, candidates, measured, evaluation: Evaluation, findings) -> None:
-        points = [Point(c.name, c.mean_bits, c.ssim) for c in self._compared(candidates) if c.ssim is not None]
+    def write_report(self, title, name, plan, measured, evaluation: Evaluation, findings) -> None:
+        points = [Point(c.name, c.mean_bits, c.ssim) for c in self._compared()]
         for row in evaluation.rows[1:]:
             kind = "chosen" if row.name == name else "uniform"
             if row.name in ("W8A8", "W4A8", name):
@@ -355,7 +373,7 @@ class _Run:
         how = "predicted from gradients" if s.cheap else "measured, one layer at a time"
         return {
             "Layers": f"{len(self.shapes)}, {sum(sizes.values()) / 1e6:.2f} million weights",
-            "Plan": f"{plan.mean_bits(sizes):.3f} mean bits, from {self._source()}",
+            "Plan": f"{plan.mean_bits(sizes):.3f} mean bits, from {self._source(plan)}",
             "Calibration": f"{len(self.prompts)} prompts, {s.num_inference_steps} steps; activations by {s.method}, "
             f"weights by {s.weight_method}",
             "Sensitivity": f"{how} on {min(s.sensitivity_prompts, len(self.prompts))} prompts",
@@ -364,9 +382,9 @@ class _Run:
             "Versions": f"mixdq_ao {__version__}, torch {torch.__version__}",
         }
 
-    def _source(self) -> str:
-        marked = self._compared([])
-        return max(marked, key=lambda c: c.ssim).name if marked else "a plan that was there"
+    def _source(self, plan: BitPlan) -> str:
+        """Which candidate the plan is."""
+        return next((c.name for c in self._compared() if c.bits == dict(plan)), "a plan that was there")
 
 
 def _against(what: str, row, other_what: str, other) -> str:

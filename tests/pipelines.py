@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from models import tiny_sdxl_unet
 
 TOKENS, WIDTH, POOLED = 7, 64, 32
@@ -13,8 +14,8 @@ TOKENS, WIDTH, POOLED = 7, 64, 32
 class FakePipeline:
     """Calls its UNet as SDXL's pipelines do; prompts become random tokens behind a constant, large BOS token."""
 
-    def __init__(self, seed: int = 0, size: int = 8):
-        self.unet = tiny_sdxl_unet(seed)
+    def __init__(self, seed: int = 0, size: int = 8, unet=None):
+        self.unet = tiny_sdxl_unet(seed) if unet is None else unet
         self.size = size
 
     def set_progress_bar_config(self, **kwargs):
@@ -38,6 +39,25 @@ class FakePipeline:
             return SimpleNamespace(images=x)
         pictures = F.interpolate(x[:, :3], scale_factor=4, mode="bilinear").sigmoid()
         return SimpleNamespace(images=pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy())
+
+
+def micro_unet(seed: int = 0):
+    """SDXL's conditioning and block types in 85 layers, where a test runs the whole method."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + POOLED,
+        norm_num_groups=8,
+    ).eval()
 
 
 def prompts(count: int) -> list[str]:
