@@ -192,6 +192,11 @@ def finish(model: nn.Module) -> None:
 def _resolve(model, config: MixDQConfig, filter_fn) -> dict[str, MixDQLayerConfig | str]:
     """Layer name to its config, or to the reason why it stays floating. Changes nothing; raises for what is wrong."""
     all_layers = families.layers_of(model)
+    if "" in all_layers:
+        raise UnsupportedError(
+            f"quantize_() is for models; found a single {type(model).__name__}, whose name is not known. Use torchao's "
+            "quantize_(layer, MixDQLayerConfig(...))"
+        )
     quantized = [name for name, m in all_layers.items() if isinstance(m.weight, MixDQTensor)]
     if quantized:
         raise MixDQError(

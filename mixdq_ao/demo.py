@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import statistics
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from mixdq_ao import families
 from mixdq_ao.calibrate import calibrate
@@ -20,10 +21,10 @@ from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.evaluate import psnr, sqnr, ssim
 from mixdq_ao.files import replacing, write_text
 from mixdq_ao.memory import Memory, measure_memory
+from mixdq_ao.pipelines import TINY, load_pipeline
 from mixdq_ao.progress import track
 from mixdq_ao.scene_reader import caption_accuracy
 from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
-from mixdq_ao.tiny_model import load_tiny_sdxl
 
 CALIBRATION_PROMPTS = 16
 # For a pipeline that is not our own.
@@ -53,8 +54,8 @@ class Row:
     """What was measured of a variant. Ratios are against the float32 pictures of the same captions and seed.
 
     Memory in MiB of the UNet alone at the batch size of the run, ``seconds`` for the whole pipeline and one picture,
-    ``unet_ms`` for one UNet call of the batch; ``sqnr`` of the first UNet output in dB; ``accuracy`` None where the
-    pictures cannot be read.
+    ``unet_ms`` the median of the UNet's calls for the batch; ``sqnr`` of the first UNet output in dB; ``accuracy`` None
+    where the pictures cannot be read.
     """
 
     name: str
@@ -127,48 +128,40 @@ def run_demo(
     ``model`` is a diffusers pipeline folder, None for our own small model, whose pictures can be read back and
     compared with their captions. The same generator seed is used for every variant.
     """
+    where = torch.device(device)
+    pipe = load_pipeline(model or TINY, device, torch.float32)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    where = torch.device(device)
-    pipe = (load_tiny_sdxl() if model is None else _load(model)).to(where)
-    pipe.set_progress_bar_config(disable=True)
     captions, calibration = _captions(prompts, pictures, readable=model is None, seed=seed)
     params = calibrate(pipe, calibration, num_inference_steps=steps, seed=seed + 1, progress=progress)
     float_unet = pipe.unet
-    reference, reference_output, _, _ = _generate(pipe, captions, steps, seed)
-    rows, columns = [], {"float32": reference}
+    reference = _generate(pipe, captions, steps, seed)
+    rows, columns = [], {"float32": reference.images}
     todo = variants(where)
     for variant in track(todo, "Generating", len(todo), progress):
         pipe.unet = copy.deepcopy(float_unet).to(variant.dtype)
         if variant.config is not None:
             quantize_(pipe.unet, variant.config(params, float_unet), progress=False)
         pipe.to(variant.dtype)
-        images, output, seconds, call = _generate(pipe, captions, steps, seed)
-        unet_ms, memory = _measure_unet(pipe.unet, call)
-        columns[variant.name] = images
+        drawn = _generate(pipe, captions, steps, seed)
+        columns[variant.name] = drawn.images
         rows.append(
             Row(
                 variant.name,
                 _mean_weight_bits(pipe.unet),
-                *memory.mib(),
-                unet_ms,
-                seconds,
-                sqnr(reference_output, output),
-                ssim(reference, images),
-                psnr(reference, images),
-                caption_accuracy(images, captions).overall if model is None else None,
+                *_unet_memory(pipe.unet, drawn).mib(),
+                1e3 * statistics.median(drawn.unet_seconds),
+                drawn.seconds,
+                sqnr(reference.output, drawn.output),
+                ssim(reference.images, drawn.images),
+                psnr(reference.images, drawn.images),
+                caption_accuracy(drawn.images, captions).overall if model is None else None,
             )
         )
     result = Demo(rows, captions, steps, device, out / "demo.png", out / "demo.json")
     _write_picture(result.picture, columns, captions)
     write_text(result.json, json.dumps(_as_json(result, seed), indent=1) + "\n")
     return result
-
-
-def _load(model: str):
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
 
 
 def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[str], list[str]]:
@@ -183,44 +176,59 @@ def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[s
     return list(PROMPTS[:pictures]), list(PROMPTS)
 
 
+@dataclass
+class _Drawn:
+    """One run of the pipeline: pictures, seconds for each, the seconds of each UNet call, and of the first UNet call
+    its arguments and its output as float32."""
+
+    images: list[Image.Image]
+    seconds: float
+    unet_seconds: list[float]
+    call: tuple[tuple, dict]
+    output: Tensor
+
+
 @torch.no_grad()
-def _generate(pipe, captions, steps: int, seed: int):
-    """Pictures, the first UNet output as float32, seconds for each picture, and the arguments of that UNet call."""
-    calls = []
+def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
+    times, calls = [], []
 
-    def keep_first(module, args, kwargs, output):
+    def before(module, args, kwargs):
+        times.append(_now(module))
+
+    def after(module, args, kwargs, output):
+        times[-1] = _now(module) - times[-1]
         if not calls:
-            calls.append((args, kwargs, output[0].detach().float()))
+            calls.append(((args, kwargs), output[0].detach().float()))
 
-    hook = pipe.unet.register_forward_hook(keep_first, with_kwargs=True)
+    hooks = [
+        pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
+        pipe.unet.register_forward_hook(after, with_kwargs=True),
+    ]
+    start = time.perf_counter()
     try:
-        start = time.perf_counter()
         images = pipe(
             prompt=list(captions),
             num_inference_steps=steps,
             guidance_scale=0.0,
             generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(captions))],
         ).images
-        seconds = (time.perf_counter() - start) / len(captions)
     finally:
-        hook.remove()
-    args, kwargs, output = calls[0]
-    return images, output, seconds, (args, kwargs)
+        for hook in hooks:
+            hook.remove()
+    seconds = (time.perf_counter() - start) / len(captions)
+    return _Drawn(images, seconds, times, *calls[0])
+
+
+def _now(module: nn.Module) -> float:
+    if next(module.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def _measure_unet(unet: nn.Module, call) -> tuple[float, Memory]:
-    """Median milliseconds of a UNet call after a warm-up, and its memory."""
-    args, kwargs = call
-    device = next(unet.parameters()).device
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        unet(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[1:])[1], measure_memory(unet, lambda: unet(*args, **kwargs))
+def _unet_memory(unet: nn.Module, drawn: _Drawn) -> Memory:
+    args, kwargs = drawn.call
+    return measure_memory(unet, lambda: unet(*args, **kwargs))
 
 
 def _mean_weight_bits(unet: nn.Module) -> float:

@@ -219,7 +219,11 @@ class MixDQTensor(TorchAOBaseTensor):
                 f"{reduction}. Leave the layer floating (protect=)"
             )
         if qdata.dim() == 4:
-            qdata = qdata.contiguous(memory_format=torch.channels_last)
+            # Strides of dimensions of size 1 are free; one choice for all weights, since strides are compile guards.
+            _, c, r, s = qdata.shape
+            qdata = qdata.contiguous(memory_format=torch.channels_last).as_strided(
+                qdata.shape, (c * r * s, 1, s * c, c)
+            )
         if act_scale is not None:
             act_bits = 8 if act_bits is None else act_bits
         if act_bits is not None:
@@ -602,17 +606,32 @@ def _(func, types, args, kwargs):
 
 @implements([aten._to_copy.default])
 def _(func, types, args, kwargs):
-    w, dtype = args[0], kwargs.get("dtype")
+    return return_and_correct_aliasing(func, args, kwargs, _copy_to(args[0], kwargs))
+
+
+# Under inference_mode() these arrive instead of _to_copy.
+@implements([aten.to.dtype, aten.to.device, aten.to.dtype_layout])
+def _(func, types, args, kwargs):
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+    w, unchanged = args[0], (None, torch.preserve_format)
+    wanted = given.get("dtype"), given.get("device"), given.get("memory_format")
+    if given.get("copy") or wanted[0] not in (None, w.dtype) or wanted[1] not in (None, w.device):
+        return _copy_to(w, given)
+    return w if wanted[2] in unchanged else _copy_to(w, given)
+
+
+def _copy_to(w: MixDQTensor, given: dict) -> MixDQTensor:
+    dtype = given.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         raise UnsupportedError(f"a quantized weight stands for floating values; it cannot become {dtype}")
-    device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
+    device, non_blocking = given.get("device"), bool(given.get("non_blocking"))
 
     # Codes and scales keep their dtypes: scales in fp16 would underflow.
     def move(t, memory_format=torch.preserve_format):
         return t.to(device=device or t.device, non_blocking=non_blocking, copy=True, memory_format=memory_format)
 
-    out = w._with(move, dtype, lambda t: move(t, _memory_format(t, kwargs)))
-    return return_and_correct_aliasing(func, args, kwargs, out)
+    return w._with(move, dtype, lambda t: move(t, _memory_format(t, given)))
 
 
 def _memory_format(qdata: Tensor, kwargs) -> torch.memory_format:

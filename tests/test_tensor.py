@@ -875,3 +875,24 @@ def test_fuse_qkv_says_what_to_do(quantized_unet):
     unet = copy.deepcopy(quantized_unet[0])
     with pytest.raises(UnsupportedError, match=r"fuse_qkv_projections\(\), then quantize_"):
         unet.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_codes_from_anywhere_have_the_same_strides(kernel):
+    made = MixDQTensor.from_float(torch.randn(8, 4, kernel, kernel))
+    stored = made.qdata.contiguous().clone(memory_format=torch.contiguous_format)
+    built = MixDQTensor.from_codes(stored, made.scale, bits=8, shape=made.shape, dtype=made.dtype)
+    assert built.stride() == made.stride() and built.qdata.stride() == made.qdata.stride()
+
+
+@pytest.mark.parametrize(
+    "change, dtype",
+    [("half", torch.float16), ("bfloat16", torch.bfloat16), ("float", torch.float32), ("cpu", torch.float32)],
+)
+def test_conversions_under_inference_mode(change, dtype):
+    weight = MixDQTensor.from_float(torch.randn(4, 8), act_scale=0.1)
+    with torch.inference_mode():
+        converted = getattr(weight, change)()
+        assert (converted is weight) == (dtype == weight.dtype)
+    assert converted.dtype == dtype
+    assert converted.scale.dtype == torch.float32 and torch.equal(converted.qdata, weight.qdata)
