@@ -1,0 +1,69 @@
+"""The demo on the small model, and the quality that it shows."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixdq_ao import demo
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.summary import format_table
+from mixdq_ao.tiny_model import TINY_SDXL
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """16 fixed held-out captions, 4 steps, as `mixdq-ao demo --pictures 16` draws them."""
+    return demo.run_demo(tmp_path_factory.mktemp("demo"), pictures=16, steps=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def rows(result):
+    print(format_table(demo.HEADER, [demo.cells(row) for row in result.rows]))
+    return {row.name: row for row in result.rows}
+
+
+def test_w8a8_draws_the_same_pictures(rows):
+    assert rows["W8A8"].ssim > 0.99
+    assert rows["W8A8"].psnr > 40
+    assert rows["W8A8"].sqnr > 28
+
+
+def test_captions_are_still_right(rows):
+    assert rows["W16A16"].accuracy > 0.95
+    assert rows["W8A8"].accuracy > rows["W16A16"].accuracy - 0.01
+    assert rows["W4/8A8"].accuracy > rows["W16A16"].accuracy - 0.02
+    assert rows["W4A8"].accuracy > rows["W16A16"].accuracy - 0.10
+
+
+def test_quality_falls_with_the_width(rows):
+    assert rows["W16A16"].sqnr > rows["W8A8"].sqnr > rows["W4/8A8"].sqnr > rows["W4A8"].sqnr
+
+
+def test_memory_falls_with_the_width(rows):
+    assert [row.mean_weight_bits for row in rows.values()] == sorted(r.mean_weight_bits for r in rows.values())[::-1]
+    assert rows["W8A8"].static_mib < 0.6 * rows["W16A16"].static_mib
+    assert rows["W4A8"].static_mib < 0.35 * rows["W16A16"].static_mib
+    assert all(r.peak_mib == pytest.approx(r.static_mib + r.activation_mib) for r in rows.values())
+
+
+def test_writes_picture_and_numbers(result):
+    sheet = np.asarray(Image.open(result.picture))
+    assert sheet.shape[1] > 16 * 192 and sheet.std() > 20
+    content = json.loads(result.json.read_text())
+    assert [row["name"] for row in content["rows"]] == ["W16A16", "W8A8", "W4/8A8", "W4A8"]
+    assert content["captions"] == result.captions and len(set(result.captions)) == 16
+
+
+def test_a_pipeline_folder_and_prompts_of_ones_own(tmp_path):
+    prompts = ["a small red circle in the centre on a white background"]
+    result = demo.run_demo(tmp_path, model=str(TINY_SDXL), prompts=prompts, steps=1, progress=False)
+    assert result.captions == prompts
+    assert all(row.accuracy is None for row in result.rows)
+
+
+def test_a_folder_that_is_no_pipeline_is_a_clear_error(tmp_path):
+    with pytest.raises(MixDQError, match="no diffusers pipeline"):
+        demo.run_demo(tmp_path / "out", model=str(tmp_path), progress=False)
+    assert not (tmp_path / "out").exists()
