@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mixdq_ao.errors import MixDQError
@@ -347,8 +348,10 @@ def auto(
 def _pipeline(name: str, device: str):
     import torch
 
+    from mixdq_ao._quiet import quiet_pipelines
     from mixdq_ao.pipelines import load_pipeline
 
+    quiet_pipelines()
     return load_pipeline(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -444,7 +447,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MixDQError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
 
 

@@ -70,3 +70,13 @@ def test_wrong_arguments(tmp_path):
 def test_a_pipeline_that_is_not_there(tmp_path):
     with pytest.raises(MixDQError, match="no diffusers pipeline on this machine"):
         load_pipeline(tmp_path / "none")
+
+
+def test_an_error_keeps_its_brackets(monkeypatch, capsys):
+    def fail(**kwargs):
+        raise MixDQError("pip install 'mixdq_ao[metrics]'")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "mixdq_ao[metrics]" in capsys.readouterr().err
