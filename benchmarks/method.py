@@ -26,6 +26,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = ROOT / "benchmarks" / "results",
     captions: Annotated[int, typer.Option(help="Held-out captions to evaluate on.")] = 256,
     prompts: Annotated[int, typer.Option(help="Captions to calibrate with.")] = 64,
+    sensitivity_prompts: Annotated[int, typer.Option(help="Captions for each layer's sensitivity.")] = 4,
     seeds: Annotated[int, typer.Option(help="Seeds of the noise, 0, 1, ...")] = 3,
     budget: Annotated[float, typer.Option(help="Mean bits of the weights.")] = 4.0,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
@@ -36,7 +37,13 @@ def main(
         built_in_prompts(prompts, scenes=True),
         built_in_prompts(captions, scenes=True, held_out=True),
         work,
-        Settings(budget=budget, seeds=tuple(range(seeds)), cheap=False, ablations=True),
+        Settings(
+            budget=budget,
+            seeds=tuple(range(seeds)),
+            cheap=False,
+            sensitivity_prompts=sensitivity_prompts,
+            ablations=True,
+        ),
         title="The small SDXL model, quantized",
     )
     out.mkdir(parents=True, exist_ok=True)

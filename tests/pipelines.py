@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from models import tiny_sdxl_unet
 
 TOKENS, WIDTH, POOLED = 7, 64, 32
 
@@ -14,8 +13,8 @@ TOKENS, WIDTH, POOLED = 7, 64, 32
 class FakePipeline:
     """Calls its UNet as SDXL's pipelines do; prompts become random tokens behind a constant, large BOS token."""
 
-    def __init__(self, seed: int = 0, size: int = 8, unet=None):
-        self.unet = tiny_sdxl_unet(seed) if unet is None else unet
+    def __init__(self, seed: int = 0, size: int = 8):
+        self.unet = micro_unet(seed)
         self.size = size
 
     def set_progress_bar_config(self, **kwargs):
@@ -42,7 +41,7 @@ class FakePipeline:
 
 
 def micro_unet(seed: int = 0):
-    """SDXL's conditioning and block types in 85 layers, where a test runs the whole method."""
+    """SDXL's conditioning and block types in 85 small layers; takes what ``models.unet_inputs`` makes."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8,

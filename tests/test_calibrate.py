@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import run_unet, tiny_sdxl_unet, unet_inputs
-from pipelines import FakePipeline, prompts
+from models import run_unet, unet_inputs
+from pipelines import FakePipeline, micro_unet, prompts
 from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQError, MixDQTensor, calibrate, families, observe, quantize_
@@ -126,13 +126,13 @@ def test_bos_is_left_out_of_the_range_and_kept():
     a, n = aware.layers[TEXT_LAYER], naive.layers[TEXT_LAYER]
     assert aware.bos_aware and not naive.bos_aware
     assert float(n.act_scale[8]) > 10 * float(a.act_scale[8])
-    assert a.bos_input[0] == -40 and a.bos_output.shape == (64,) and n.bos_output is None
+    assert a.bos_input[0] == -40 and a.bos_output.shape == (32,) and n.bos_output is None
     layer = pipe.unet.get_submodule(TEXT_LAYER)
     torch.testing.assert_close(a.bos_output, nn.functional.linear(a.bos_input, layer.weight, layer.bias))
 
 
 def test_zero_prompt_rows_are_no_bos_token():
-    unet, inputs = tiny_sdxl_unet(), unet_inputs(batch=3)
+    unet, inputs = micro_unet(), unet_inputs(batch=3)
     text = inputs["encoder_hidden_states"]
     text[:, 0] = 50.0
     text[1] = 0.0
@@ -150,7 +150,7 @@ def test_batches_do_not_matter_to_minmax():
 
 
 def test_non_finite_input_names_the_layer():
-    unet, inputs = tiny_sdxl_unet(), unet_inputs()
+    unet, inputs = micro_unet(), unet_inputs()
     inputs["encoder_hidden_states"][0, 3, 2] = float("nan")
     with pytest.raises(MixDQError, match=r"^down_blocks.1.*attn2.to_k: the input must be finite"), observe(unet):
         run_unet(unet, **inputs)
