@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mixdq_ao import families
 from mixdq_ao.calibrate import calibrate
@@ -142,7 +143,6 @@ def run_demo(
         pipe.unet = copy.deepcopy(float_unet).to(variant.dtype)
         if variant.config is not None:
             quantize_(pipe.unet, variant.config(params, float_unet), progress=False)
-        pipe.to(variant.dtype)
         drawn = _generate(pipe, captions, steps, seed)
         columns[variant.name] = drawn.images
         rows.append(
@@ -192,13 +192,18 @@ class _Drawn:
 def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
     times, calls = [], []
 
+    # Only the UNet runs in its own dtype: the noise is drawn in float32, the same for every variant.
     def before(module, args, kwargs):
+        args, kwargs = tree_map(lambda v: _cast(v, module.dtype), (args, kwargs))
         times.append(_now(module))
+        return args, kwargs
 
     def after(module, args, kwargs, output):
         times[-1] = _now(module) - times[-1]
+        output = tree_map(lambda v: _cast(v, torch.float32), output)
         if not calls:
-            calls.append(((args, kwargs), output[0].detach().float()))
+            calls.append(((args, kwargs), output[0]))
+        return output
 
     hooks = [
         pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
@@ -217,6 +222,11 @@ def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
             hook.remove()
     seconds = (time.perf_counter() - start) / len(captions)
     return _Drawn(images, seconds, times, *calls[0])
+
+
+def _cast(value, dtype: torch.dtype):
+    # Not the timestep, 0-dimensional: 999 would become 1000 in bf16.
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
 
 
 def _now(module: nn.Module) -> float:
