@@ -38,7 +38,7 @@ CANDIDATES = {
 }
 # Ratios of mean bits, content to quality. Content weights stand 2 bits, so their ratio reaches further down.
 RATIOS = {
-    "weight": tuple(round(0.40 + 0.05 * i, 2) for i in range(21)),
+    "weight": tuple(round(0.25 + 0.05 * i, 2) for i in range(24)),
     "act": tuple(round(0.90 + 0.01 * i, 2) for i in range(21)),
 }
 
@@ -563,8 +563,10 @@ def plot_front(points: Sequence[Allocation], path, chosen: Allocation | None = N
 
     if len(names) == 1:
         axes.set(xlabel="mean bits", ylabel=f"summed score of {names[0]} layers")
-    dots = axes.scatter(*zip(*map(position, points), strict=True), c=[a.mean_bits for a in points], zorder=2)
-    figure.colorbar(dots, label="mean bits")
+    bits = [a.mean_bits for a in points]
+    dots = axes.scatter(*zip(*map(position, points), strict=True), c=bits, zorder=2)
+    if max(bits) - min(bits) > 0.1:  # one budget needs no scale of colours
+        figure.colorbar(dots, label="mean bits")
     line = sorted(map(position, front(points)))
     axes.plot(*zip(*line, strict=True), color="0.6", linewidth=1, zorder=1, label="Pareto front")
     for a in points:

@@ -231,6 +231,67 @@ def calibrate(
 
 
 @app.command()
+def sensitivity(
+    pipeline: PipelineArgument,
+    params: Annotated[Path, typer.Option(help="Quantization parameters, from calibrate or convert.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables, and for what is done so far.")],
+    prompts: PromptsOption = None,
+    count: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 16,
+    cheap: Annotated[bool, typer.Option("--cheap", help="Predict from gradients instead of measuring.")] = False,
+    weights: Annotated[bool, typer.Option(help="Measure weights, with floating activations.")] = True,
+    acts: Annotated[bool, typer.Option(help="Measure activations, with floating weights.")] = True,
+    both_metrics: Annotated[bool, typer.Option("--both-metrics", help="SSIM of quality layers, too.")] = False,
+    probes: Annotated[int, typer.Option(min=1, help="Random directions for each prompt, with --cheap.")] = 4,
+    steps: StepsOption = 1,
+    guidance_scale: GuidanceOption = 0.0,
+    batch_size: BatchOption = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: DeviceOption = "",
+) -> None:
+    """Measure what quantizing each layer alone does, at every width, and write score and size tables for allocate.
+
+    Stopped at any point, the same command goes on where it was. On several GPUs: accelerate launch --multi_gpu
+    --num_processes N -m mixdq_ao.cli sensitivity ...
+    """
+    import torch
+
+    from mixdq_ao import legacy
+    from mixdq_ao.sensitivity import sensitivity as run
+
+    # The gradients of the cheap mode leave the range of float16.
+    half = torch.bfloat16 if cheap and device != "cpu" and torch.cuda.is_available() else None
+    result = run(
+        _pipeline(pipeline, device, half),
+        legacy.read_params(params),
+        _prompts(pipeline, prompts, count),
+        out,
+        kinds=[kind for kind, wanted in (("weight", weights), ("act", acts)) if wanted],
+        metrics="both" if both_metrics else "decoupled",
+        cheap=cheap,
+        probes=probes,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    rows = [
+        (kind, metric, str(len(scores)), *(f"{v:.4g}" for v in spread), f"{result.noise_floor[metric]:.6g}")
+        for kind, metrics in result.scores.items()
+        for metric, scores in metrics.items()
+        for spread in [_spread([min(by_bits.values()) for by_bits in scores.values()])]
+    ]
+    title = "Scores of layers, at the worst width of each"
+    _print_table(title, ("", "metric", "layers", "lowest", "median", "highest", "noise floor"), rows)
+    _console().print(f"Tables written to {out} after {result.seconds:.0f} s", soft_wrap=True)
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    import statistics
+
+    return min(values), statistics.median(values), max(values)
+
+
+@app.command()
 def evaluate(
     pipeline: PipelineArgument,
     params: ParamsOption = None,
@@ -345,14 +406,15 @@ def auto(
     _console().print(f"Model: {result.model}\nReport: {result.report}", soft_wrap=True)
 
 
-def _pipeline(name: str, device: str):
+def _pipeline(name: str, device: str, dtype=None):
     import torch
 
     from mixdq_ao._quiet import quiet_pipelines
     from mixdq_ao.pipelines import load_pipeline
 
     quiet_pipelines()
-    return load_pipeline(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = {} if dtype is None else {"dtype": dtype}
+    return load_pipeline(name, device or ("cuda" if torch.cuda.is_available() else "cpu"), **options)
 
 
 def _prompts(pipeline: str, path: Path | None, count: int | None, held_out: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ Two ways to the same tables:
 Under ``accelerate launch`` the layers, or the prompts, are spread over the processes, which share ``out``.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,7 @@ from mixdq_ao.simulate import (
     weight_scale,
 )
 from mixdq_ao.tables import Scores, Sizes, read_scores, read_sizes, write_scores, write_sizes
+from mixdq_ao.tensor import MixDQTensor
 from mixdq_ao.watching import watching
 
 KINDS = {"weight": tuple(sorted(WEIGHT_BITS)), "act": tuple(sorted(ACT_BITS))}
@@ -145,6 +147,12 @@ def sensitivity(
     processes = _Processes()
     processes.place(pipe)
     every = families.layers_of(pipe.unet)
+    quantized = [name for name, m in every.items() if isinstance(m.weight, MixDQTensor)]
+    if quantized:
+        raise MixDQError(
+            f"sensitivity is measured on a floating model; {len(quantized)} layers are quantized already, first "
+            f"{quantized[0]}"
+        )
     names = list(every if layers is None else layers)
     if unknown := [name for name in names if name not in every]:
         raise MixDQError(f"{len(unknown)} names are not layers of the model: {name_list(unknown)}")
@@ -196,11 +204,12 @@ class _Processes:
     def __init__(self):
         from accelerate import PartialState
 
-        self._state = PartialState()
+        # Unless told so it takes processes without an accelerator for strangers.
+        self._state = PartialState(cpu=not torch.accelerator.is_available())
         self.rank, self.count = self._state.process_index, self._state.num_processes
 
     def place(self, pipe) -> None:
-        if self.count > 1:
+        if self.count > 1 and self._state.device.type != "cpu":
             pipe.to(self._state.device)
 
     def share(self, items: Sequence) -> Sequence:
@@ -241,6 +250,7 @@ class _Run:
         self.family = families.family_of(pipe.unet)
         self.layers = families.layers_of(pipe.unet)
         pipe.set_progress_bar_config(disable=True)
+        self._numbers: Sequence[int] = ()
         self.calls: list[_Call] = []
         self.pictures: Tensor | None = None
 
@@ -268,8 +278,10 @@ class _Run:
             hook.remove()
         return (torch.cat(parts) if pictures else None), calls
 
-    def make_reference(self, pictures: bool) -> None:
-        self.pictures, self.calls = self.draw(range(len(self.prompts)), self.batch_size, pictures)
+    def make_reference(self, pictures: bool, count: int | None = None) -> None:
+        """What the floating model makes of the first ``count`` prompts, of all by default."""
+        self._numbers = range(len(self.prompts))[:count]
+        self.pictures, self.calls = self.draw(self._numbers, self.batch_size, pictures)
         if not all(bool(call.output.isfinite().all()) for call in self.calls):
             raise MixDQError("the floating UNet's output is not finite; run it in float32 or bfloat16")
 
@@ -286,7 +298,7 @@ class _Run:
         outputs = None
         scores = {}
         if pictures:
-            drawn, calls = self.draw(range(len(self.prompts)), self.batch_size)
+            drawn, calls = self.draw(self._numbers, self.batch_size)
             scores[SSIM] = self._ssim(drawn)
             # With one step the inputs were those of the floating model, and nothing is left to run.
             if self.call["num_inference_steps"] == 1:
@@ -308,7 +320,7 @@ class _Run:
             pairs.append((call.output, torch.cat([self.replay(call, itemgetter(part)) for part in slices])))
         floor = {SQNR: _decibels(*_energies(pairs))}
         if self.pictures is not None:
-            drawn, _ = self.draw(range(len(self.prompts)), max(1, self.batch_size // 2))
+            drawn, _ = self.draw(self._numbers, max(1, self.batch_size // 2))
             floor[SSIM] = self._ssim(drawn)
         return floor
 
@@ -407,12 +419,12 @@ class _Rows:
 def _digest_of(params: QuantParams | None) -> str | None:
     if params is None:
         return None
-    values = [
-        (f"{name}.{key}", tensor.double().flatten().tolist())
-        for name, layer in sorted(params.layers.items())
-        for key, _, tensor in layer.tensors()
-    ]
-    return digest(values)
+    total = hashlib.blake2b(digest_size=16)
+    for name, layer in sorted(params.layers.items()):
+        for key, _, tensor in layer.tensors():
+            total.update(f"{name}.{key}:".encode())
+            total.update(tensor.detach().double().cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 # --- the full measurement ---------------------------------------------------------------------------------------------
@@ -571,6 +583,7 @@ def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes
     numbers = [i for i in range(len(run.prompts)) if ("prompt", i) not in rows.done]
     mine = processes.share(numbers)
     for number in track(mine, "Sensitivity", len(mine), progress if processes.rank == 0 else False):
+        start = time.perf_counter()
         _, calls = run.draw([number], 1, pictures=False)
         found = [
             probe_call(run, call, kinds, names, probes, generators(run.seed + 1, [number * len(calls) + i])[0])
@@ -580,11 +593,12 @@ def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes
             kind: {name: [sum(v) for v in zip(*(f["noise"][kind][name] for f in found), strict=True)] for name in names}
             for kind in kinds
         }
-        rows.add("prompt", number, {"signal": sum(f["signal"] for f in found), "noise": noise})
+        signal, seconds = sum(f["signal"] for f in found), time.perf_counter() - start
+        rows.add("prompt", number, {"signal": signal, "noise": noise, "took": seconds})
     processes.wait()
     if processes.rank == 0 and not {("floor", ""), ("anchors", "")} <= rows.done:
         content = [name for name in names if run.wants_pictures(name)]
-        run.make_reference(bool(content))
+        run.make_reference(bool(content), run.batch_size)
         _note_model(run, rows)
         if ("anchors", "") not in rows.done:
             rows.add("anchors", "", {"factor": _anchor(run, _predicted_noise(rows.read(), kinds, names), content)})
