@@ -3,7 +3,7 @@
     python benchmarks/method.py
 
 Runs ``auto`` with measured sensitivities and ablations, and writes method_tiny_sdxl.json and method_tiny_sdxl.html into
-benchmarks/results. Half an hour on two cores; stopped at any point, the same command goes on where it was.
+benchmarks/results. About ten minutes on two free cores; stopped at any point, the same command goes on where it was.
 """
 
 from pathlib import Path

@@ -301,8 +301,8 @@ class _Run:
         eight, four, mixed = (evaluation.row(n) for n in ("W8A8", "W4A8", name))
         floating = evaluation.row(FLOATING)
         if "accuracy" in floating.values:
-            lost = 100 * (floating.mean("accuracy") - eight.mean("accuracy"))
-            found.append(f"W8A8 loses {lost:.2f} points of caption accuracy, at SSIM {eight.mean('ssim'):.4f}.")
+            change = 100 * (eight.mean("accuracy") - floating.mean("accuracy"))
+            found.append(f"W8A8 changes caption accuracy by {change:+.2f} points, at SSIM {eight.mean('ssim'):.4f}.")
         found.append(_against("The mixed plan", mixed, "uniform W4A8", four))
         if self.settings.ablations:
             found.append(
@@ -391,7 +391,7 @@ def _against(what: str, row, other_what: str, other) -> str:
     """One sentence on two rows: how much better, or that it is not."""
     gain = row.mean("ssim") - other.mean("ssim")
     sign = "beats" if gain > 0 else "does not beat"
-    text = f"{what} {sign} {other_what}: SSIM {row.mean('ssim'):.4f} against {other.mean('ssim'):.4f}"
+    text = f"{what} {sign} {other_what} by SSIM: {row.mean('ssim'):.4f} against {other.mean('ssim'):.4f}"
     if "accuracy" in row.values:
         text += f", captions {100 * row.mean('accuracy'):.2f} % against {100 * other.mean('accuracy'):.2f} %"
     return text + f", SQNR {row.mean('sqnr'):.2f} dB against {other.mean('sqnr'):.2f} dB."
