@@ -353,7 +353,7 @@ class _Run:
         scores = measured.scores["weight"]
         panels = {"Quality layers: SQNR of the UNet output at 4 bits": ("quality", scores["sqnr"])}
         if "ssim" in scores:
-            panels = {"Content layers: SSIM of pictures at 4 bits": ("content", scores["ssim"]), **panels}
+            panels = {"Content layers: 1 - SSIM of pictures at 4 bits": ("content", scores["ssim"]), **panels}
         write_report(
             self.folder / REPORT,
             evaluation,
@@ -374,8 +374,8 @@ class _Run:
         return {
             "Layers": f"{len(self.shapes)}, {sum(sizes.values()) / 1e6:.2f} million weights",
             "Plan": f"{plan.mean_bits(sizes):.3f} mean bits, from {self._source(plan)}",
-            "Calibration": f"{len(self.prompts)} prompts, {s.num_inference_steps} steps; activations by {s.method}, "
-            f"weights by {s.weight_method}",
+            "Calibration": f"{len(self.prompts)} prompts, denoising steps: {s.num_inference_steps}; "
+            f"activations by {s.method}, weights by {s.weight_method}",
             "Sensitivity": f"{how} on {min(s.sensitivity_prompts, len(self.prompts))} prompts",
             "Rounding": "GPTQ below 8 bits" if s.rounding else "nearest",
             "Evaluation": f"{len(self.captions)} captions, seeds {', '.join(map(str, s.seeds))}",

@@ -181,11 +181,14 @@ def _panels(sensitivity: Mapping[str, tuple[str, Scores]]) -> list[dict]:
         # An SSIM loses from 1; an SQNR in dB from the safest layer.
         top = 1.0 if all(v <= 1 for v in wanted.values()) else max(wanted.values())
         most = max(top - worst[0][1], 1e-12)
-        digits = 4 if top == 1.0 else 1
+        # SSIMs of a single layer differ far behind the point: what is missing to 1 says more.
         bars = [
-            {"name": name, "value": f"{value:.{digits}f}" + ("" if digits == 4 else " dB"), "share": share}
+            {
+                "name": name,
+                "value": f"{1 - value:.1e}" if top == 1.0 else f"{value:.1f} dB",
+                "share": round(100 * (top - value) / most, 1),
+            }
             for name, value in worst
-            for share in [round(100 * (top - value) / most, 1)]
         ]
         panels.append({"title": title, "bars": bars})
     return panels
