@@ -208,7 +208,8 @@ def test_goes_on_after_being_killed(tmp_path):
         "    def __call__(self, **kwargs):\n"
         "        time.sleep(0.05)\n"
         "        return super().__call__(**kwargs)\n"
-        f"params = calibrate(Slow(), prompts(8), method='percentile', batch_size=1, state={str(state)!r}, progress=False)\n"
+        "arguments = {'method': 'percentile', 'batch_size': 1, 'progress': False}\n"
+        f"params = calibrate(Slow(), prompts(8), state={str(state)!r}, **arguments)\n"
         f"params.save({str(out)!r})\n"
     )
     root = Path(__file__).resolve().parent.parent
