@@ -200,12 +200,17 @@ def main(
     """Measure W8A8 on this CPU against fp32 and bf16, print a table and write JSON."""
     torch.manual_seed(0)
     console = Console()
-    with torch.inference_mode(), Progress(console=console) as progress:
-        task = progress.add_task("layers", total=len(LINEARS) + len(CONVS))
-        layers = layer_rows(repeats, lambda: progress.advance(task))
+    # Drawn between measurements only: a thread that draws takes the interpreter from what is measured.
+    with torch.inference_mode(), Progress(console=console, auto_refresh=False) as progress:
+
+        def tick():
+            progress.update(task, advance=1, refresh=True)
+
         overhead = dispatch_overhead()
+        task = progress.add_task("layers", total=len(LINEARS) + len(CONVS))
+        layers = layer_rows(repeats, tick)
         task = progress.add_task("UNet", total=6 * (repeats + 1))
-        unet = unet_row(full, repeats, lambda: progress.advance(task))
+        unet = unet_row(full, repeats, tick)
     name = "SDXL UNet, 512 px" if full else "SDXL UNet with transformer layers (1, 2, 2), 512 px"
     results = {
         "date": date.today().isoformat(),

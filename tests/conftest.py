@@ -3,6 +3,8 @@
 import logging
 import os
 
+# Tests run side by side, one for each core: threads of their own would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torchao tries its own CUDA libraries at import and reports each one that does not fit this torch.
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

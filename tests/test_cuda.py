@@ -75,7 +75,7 @@ def on_cuda(inputs: dict) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_unet_eager_and_compiled(dtype):
-    unet = tiny_sdxl_unet().cuda()
+    unet = tiny_sdxl_unet(layers_per_block=1).cuda()
     inputs, half = on_cuda(unet_inputs()), on_cuda(unet_inputs(dtype=dtype))
     reference = run_unet(unet, **inputs)
     with observe(unet) as recorder:
