@@ -51,7 +51,9 @@ def quantized_net() -> Net:
 
 
 def test_table():
-    assert_expected_inline(str(summary(quantized_net())), """\
+    assert_expected_inline(
+        str(summary(quantized_net())),
+        """\
 layer  kind    shape    weight        activation   computes  kernel              reason                        KiB
 ------------------------------------------------------------------------------------------------------------------
 conv   conv2d  8x4x3x3  int4          int8 static  int8      torch._int_mm       static int8 activations       0.2
@@ -60,11 +62,14 @@ half   linear  6x16     int2          float        float16   torch, dequantized 
 kept   linear  8x8      32-bit float  float        float32   torch               protected                     0.2
 out    linear  256x16   int8          int4 static  int8      torch._int_mm       static int4 activations       7.0
 5 layers: 2 with 8-bit weights, 1 with 4-bit weights, 1 with 2-bit weights, 1 with 32-bit weights
-0.0 MiB in all: 0.0 MiB quantized, 0.0 MiB floating""")
+0.0 MiB in all: 0.0 MiB quantized, 0.0 MiB floating""",
+    )
 
 
 def test_table_of_a_floating_model():
-    assert_expected_inline(str(summary(Net().half())), """\
+    assert_expected_inline(
+        str(summary(Net().half())),
+        """\
 layer  kind    shape    weight        activation  computes  kernel  reason         KiB
 --------------------------------------------------------------------------------------
 conv   conv2d  8x4x3x3  16-bit float  float       float16   torch   not quantized  0.6
@@ -73,13 +78,16 @@ half   linear  6x16     16-bit float  float       float16   torch   not quantize
 kept   linear  8x8      16-bit float  float       float16   torch   not quantized  0.1
 out    linear  256x16   16-bit float  float       float16   torch   not quantized  8.0
 5 layers: 5 with 16-bit weights
-0.0 MiB in all: 0.0 MiB quantized, 0.0 MiB floating""")
+0.0 MiB in all: 0.0 MiB quantized, 0.0 MiB floating""",
+    )
 
 
 def test_json():
     result = json.loads(summary(quantized_net()).to_json())
     result["layers"] = result["layers"][:1] + result["layers"][3:4]
-    assert_expected_inline(json.dumps(result, indent=1), """\
+    assert_expected_inline(
+        json.dumps(result, indent=1),
+        """\
 {
  "layers": [
   {
@@ -120,7 +128,8 @@ def test_json():
  "quantized_bytes": 10680,
  "floating_bytes": 2000,
  "total_bytes": 12680
-}""")
+}""",
+    )
 
 
 def test_split_shortcuts_in_the_table():
@@ -171,8 +180,11 @@ def test_a_model_on_the_meta_device():
 
 def test_format_table():
     table = format_table(("name", "note", "n"), [("a", "", "1"), ("long name", "x", "100")])
-    assert_expected_inline(table, """\
+    assert_expected_inline(
+        table,
+        """\
 name       note    n
 --------------------
 a                  1
-long name  x     100""")
+long name  x     100""",
+    )
