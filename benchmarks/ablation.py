@@ -7,7 +7,6 @@ captions and seeds; `accuracy` is that of captions read back from the pictures.
 """
 
 import datetime
-import itertools
 import json
 import platform
 from pathlib import Path
@@ -22,7 +21,8 @@ from mixdq_ao import MixDQConfig, calibrate
 from mixdq_ao.demo import mixed_plan
 from mixdq_ao.evaluate import evaluate
 from mixdq_ao.files import write_text
-from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
+from mixdq_ao.prompts import built_in_prompts
+from mixdq_ao.scenes import held_out_captions
 from mixdq_ao.tiny_model import load_tiny_sdxl
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,8 +37,7 @@ def main(
 ) -> None:
     """Measure the ablation and write it down."""
     pipe = load_tiny_sdxl()
-    drawn = (sample_scene(i).caption for i in itertools.count())
-    prompts = list(itertools.islice((c for c in drawn if not is_held_out(c)), calibration))
+    prompts = built_in_prompts(calibration, scenes=True)
     naive = calibrate(pipe, prompts, num_inference_steps=steps, bos=False)
     aware = calibrate(pipe, prompts, num_inference_steps=steps)
     mixed = mixed_plan(pipe.unet)

@@ -29,7 +29,7 @@ def demo(
         str | None, typer.Option(help="A diffusers pipeline folder. [default: the small model that comes along]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("mixdq-ao-demo"),
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or COCO captions.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures for each variant, without --prompts.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -41,9 +41,10 @@ def demo(
 
     from mixdq_ao import demo as library
     from mixdq_ao._quiet import quiet_pipelines
+    from mixdq_ao.prompts import read_prompts
 
     quiet_pipelines()
-    texts = _lines(prompts) if prompts else None
+    texts = read_prompts(prompts) if prompts else None
     result = library.run_demo(
         out,
         model=model,
@@ -473,16 +474,6 @@ def doctor(json: JsonOption = False) -> None:
         print(jsonlib.dumps(library.as_json(findings), indent=1))
         return
     _print_table("", ("", "found", ""), [(f.name, f.value, "ok" if f.ok else "!") for f in findings])
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise MixDQError(f"{path}: no such file of prompts")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if line]
-    if not found:
-        raise MixDQError(f"{path}: the file of prompts is empty")
-    return found
 
 
 def _console() -> Console:

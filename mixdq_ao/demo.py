@@ -1,7 +1,6 @@
 """The demo: the same captions and seeds in floating point and quantized, side by side as a picture and a table."""
 
 import copy
-import itertools
 import json
 import statistics
 import textwrap
@@ -19,26 +18,15 @@ from mixdq_ao import families
 from mixdq_ao.calibrate import calibrate
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.config import MixDQConfig, quantize_
-from mixdq_ao.evaluate import psnr, sqnr, ssim
+from mixdq_ao.evaluate import mean_weight_bits, psnr, sqnr, ssim
 from mixdq_ao.files import replacing, write_text
 from mixdq_ao.memory import Memory, measure_memory
 from mixdq_ao.pipelines import TINY, load_pipeline
 from mixdq_ao.progress import track
+from mixdq_ao.prompts import built_in_prompts
 from mixdq_ao.scene_reader import caption_accuracy
-from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
 
 CALIBRATION_PROMPTS = 16
-# For a pipeline that is not our own.
-PROMPTS = (
-    "a red fox sitting in fresh snow, photo",
-    "a bowl of ramen with steam, food photography",
-    "a lighthouse on a cliff at sunset, oil painting",
-    "a small robot watering flowers, 3d render",
-    "an old man with a beard, portrait photo",
-    "a cat wearing a space suit, studio light",
-    "a mountain lake with a wooden boat, morning mist",
-    "a street market at night, neon signs, rain",
-)
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ def run_demo(
         rows.append(
             Row(
                 variant.name,
-                _mean_weight_bits(pipe.unet),
+                mean_weight_bits(pipe.unet),
                 *_unet_memory(pipe.unet, drawn).mib(),
                 1e3 * statistics.median(drawn.unet_seconds),
                 drawn.seconds,
@@ -168,12 +156,8 @@ def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[s
     """Captions to draw, and captions to calibrate with."""
     if prompts:
         return list(prompts), list(prompts)
-    if readable:
-        drawn = (sample_scene(i).caption for i in itertools.count(seed))
-        return held_out_captions(pictures, seed), list(
-            itertools.islice((c for c in drawn if not is_held_out(c)), CALIBRATION_PROMPTS)
-        )
-    return list(PROMPTS[:pictures]), list(PROMPTS)
+    drawn = built_in_prompts(pictures, scenes=readable, held_out=readable, seed=seed)
+    return drawn, built_in_prompts(CALIBRATION_PROMPTS, scenes=readable, seed=seed)
 
 
 @dataclass
@@ -239,13 +223,6 @@ def _now(module: nn.Module) -> float:
 def _unet_memory(unet: nn.Module, drawn: _Drawn) -> Memory:
     args, kwargs = drawn.call
     return measure_memory(unet, lambda: unet(*args, **kwargs))
-
-
-def _mean_weight_bits(unet: nn.Module) -> float:
-    layers = families.layers_of(unet).values()
-    bits = [getattr(m.weight, "bits", 8 * m.weight.element_size()) for m in layers]
-    sizes = [m.weight.numel() for m in layers]
-    return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
 
 
 def _as_json(result: Demo, seed: int) -> dict:
