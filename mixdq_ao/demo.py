@@ -25,6 +25,7 @@ from mixdq_ao.pipelines import TINY, load_pipeline
 from mixdq_ao.progress import track
 from mixdq_ao.prompts import built_in_prompts
 from mixdq_ao.scene_reader import caption_accuracy
+from mixdq_ao.scenes import parse_caption
 
 CALIBRATION_PROMPTS = 16
 
@@ -155,6 +156,9 @@ def run_demo(
 def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[str], list[str]]:
     """Captions to draw, and captions to calibrate with."""
     if prompts:
+        if readable:
+            for prompt in prompts:
+                parse_caption(prompt)  # raises for what the small model does not know, before anything is drawn
         return list(prompts), list(prompts)
     drawn = built_in_prompts(pictures, scenes=readable, held_out=readable, seed=seed)
     return drawn, built_in_prompts(CALIBRATION_PROMPTS, scenes=readable, seed=seed)

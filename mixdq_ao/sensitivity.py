@@ -25,7 +25,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -39,7 +38,6 @@ from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.progress import track
 from mixdq_ao.simulate import (
     act_quantizer,
-    bind,
     input_groups,
     is_bos,
     rounded_weight,
@@ -48,7 +46,7 @@ from mixdq_ao.simulate import (
 )
 from mixdq_ao.tables import Scores, Sizes, read_scores, read_sizes, write_scores, write_sizes
 from mixdq_ao.tensor import MixDQTensor
-from mixdq_ao.watching import watching
+from mixdq_ao.watching import LayerWeight, watching
 
 KINDS = {"weight": tuple(sorted(WEIGHT_BITS)), "act": tuple(sorted(ACT_BITS))}
 SQNR, SSIM = "sqnr", "ssim"
@@ -485,20 +483,14 @@ def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
 # --- the prediction ---------------------------------------------------------------------------------------------------
 
 
-class _ProbedWeight(Tensor):
+class _ProbedWeight(LayerWeight):
     """A weight whose layer's output hands its gradient, with the layer's input, to ``self.probe``."""
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in (F.linear, F.conv2d):
-            return super().__torch_function__(func, types, args, kwargs)
-        x, weight, *rest = bind(func, *args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            y = func(x, weight, *rest)
+    def run(self, func, x, *rest):
+        y = super().run(func, x, *rest)
         if not y.requires_grad:
             y.requires_grad_()  # no other layer is before this one: what enters the UNet has no gradient
-        y.register_hook(partial(weight.probe, func, x.detach(), rest[1:]))
+        y.register_hook(partial(self.probe, func, x.detach(), rest[1:]))
         return y
 
 

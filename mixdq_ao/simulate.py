@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixdq_ao import families, ops
@@ -19,6 +18,7 @@ from mixdq_ao.checkpoint import LayerParams, QuantParams
 from mixdq_ao.errors import MixDQError, PlanError, name_list
 from mixdq_ao.plan import BitPlan
 from mixdq_ao.tensor import BOS_TOLERANCE
+from mixdq_ao.watching import LayerWeight
 
 Mix = Mapping[str, tuple[int, int]]  # layer -> bits of weight and activations; 16 = floating
 
@@ -51,36 +51,22 @@ class ActQuantizer:
         return (ops.codes(x, scale, zero_point, self.bits) - zero_point).mul_(scale).to(x.dtype)
 
 
-class SimulatedWeight(Tensor):
+class SimulatedWeight(LayerWeight):
     """A weight whose layer computes as if it were quantized. Made by :func:`simulated_weight`.
 
     The tensor itself holds the rounded weight; ``act`` rounds the layer's input (None: floating), and where ``act`` is
     there ``bos_output`` takes the first token's row, as in ``MixDQTensor``.
     """
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in (F.linear, F.conv2d):
-            return super().__torch_function__(func, types, args, kwargs)
-        x, weight, *rest = bind(func, *args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            if weight.act is None:
-                return func(x, weight, *rest)
-            y = func(weight.act(x), weight, *rest)
-            if weight.bos_output is None:
-                return y
-            first = weight.bos_output.to(y).expand_as(y[:, 0])
-            y[:, 0] = torch.where(is_bos(x, weight.bos_input), first, y[:, 0])
+    def run(self, func, x, *rest):
+        if self.act is None:
+            return super().run(func, x, *rest)
+        y = super().run(func, self.act(x), *rest)
+        if self.bos_output is None:
             return y
-
-
-def bind(func, input, weight, bias=None, *rest, **kwargs) -> tuple:
-    """The arguments of a call of ``F.linear`` or ``F.conv2d``, all positional: input, weight, bias, stride, ..."""
-    if func is F.conv2d:
-        names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
-        rest += tuple(kwargs.get(n, d) for n, d in list(zip(names, defaults, strict=True))[len(rest) :])
-    return input, weight, bias, *rest
+        first = self.bos_output.to(y).expand_as(y[:, 0])
+        y[:, 0] = torch.where(is_bos(x, self.bos_input), first, y[:, 0])
+        return y
 
 
 def is_bos(x: Tensor, bos_input: Tensor | None) -> Tensor:

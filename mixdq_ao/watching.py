@@ -16,20 +16,40 @@ from mixdq_ao.errors import MixDQError
 from mixdq_ao.tensor import MixDQTensor
 
 
-class _WatchedWeight(Tensor):
-    """A weight that shows what it is multiplied with to ``self.note(x)``."""
+class LayerWeight(Tensor):
+    """A weight that runs its own layer: ``F.linear`` and ``F.conv2d`` become ``weight.run(func, x, bias, ...)``.
+
+    What ``run`` returns stays a plain tensor, so that only weights are of this class.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in (F.linear, F.conv2d):
             return super().__torch_function__(func, types, args, kwargs)
-        x = args[0] if args else kwargs["input"]
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        weight.note(x.detach())
-        # The output is a plain tensor, so that only weights are of this class.
+        x, weight, *rest = bind(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return weight.run(func, x, *rest)
+
+    def run(self, func, x: Tensor, *rest) -> Tensor:
+        """The layer's output; ``rest`` are the arguments after the weight, all positional."""
+        return func(x, self, *rest)
+
+
+def bind(func, input, weight, bias=None, *rest, **kwargs) -> tuple:
+    """The arguments of a call of ``F.linear`` or ``F.conv2d``, all positional: input, weight, bias, stride, ..."""
+    if func is F.conv2d:
+        names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
+        rest += tuple(kwargs.get(n, d) for n, d in list(zip(names, defaults, strict=True))[len(rest) :])
+    return input, weight, bias, *rest
+
+
+class _WatchedWeight(LayerWeight):
+    """A weight that shows what it is multiplied with to ``self.note(x)``."""
+
+    def run(self, func, x, *rest):
+        self.note(x.detach())
+        return super().run(func, x, *rest)
 
 
 @contextmanager

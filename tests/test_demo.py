@@ -67,3 +67,9 @@ def test_a_folder_that_is_no_pipeline_is_a_clear_error(tmp_path):
     with pytest.raises(MixDQError, match="no diffusers pipeline"):
         demo.run_demo(tmp_path / "out", model=str(tmp_path), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_the_small_model_does_not_know_are_refused_before_drawing(tmp_path):
+    with pytest.raises(MixDQError, match="a red fox"):
+        demo.run_demo(tmp_path, prompts=["a red fox in fresh snow"], progress=False)
+    assert not list(tmp_path.iterdir())
