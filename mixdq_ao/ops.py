@@ -7,7 +7,8 @@ any device that has it; the CUDA library replaces them for CUDA tensors where it
 Shapes: ``x`` is ``[..., in]`` for linear and ``[batch, in, height, width]`` for conv2d. ``qdata`` is a packed weight
 (see ``packing``), ``scale`` and ``alpha`` are float32 ``[groups, out]``, ``beta`` float32 ``[out]``, ``bias``
 ``[out]`` of any floating dtype, ``weight_sum`` int32 ``[groups, out]``, ``act_scale`` and ``act_zero_point`` float32
-``[groups]``. Convolution outputs are channels-last.
+``[groups]``. Convolution outputs are channels-last. ``residual`` has the shape of the output and any floating dtype; it
+is added in float32, before the one rounding.
 """
 
 import glob
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixdq_ao.bits import act_width
+from mixdq_ao.errors import MixDQError
 from mixdq_ao.packing import unpack
 
 # On a CPU the operators work in blocks whose temporaries stay in its cache, instead of on whole tensors: fresh memory
@@ -169,6 +171,59 @@ def _(x, bits, input_groups):
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale, torch.empty_like(scale)
 
 
+# --- quantizers fused with what comes before them, in float32: nothing is rounded to the dtype of x in between --------
+
+
+@_define(
+    "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor zero_point, int bits, "
+    "int[] input_groups) -> Tensor"
+)
+def _layer_norm_quantize(x, weight, bias, eps, scale, zero_point, bits, input_groups):
+    """LayerNorm over the last dimension; ``weight`` and ``bias`` are ``[in]``."""
+    y = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
+    return _quantize(y, scale, zero_point, bits, input_groups, None)
+
+
+@_fake("layer_norm_quantize")
+def _(x, weight, bias, eps, scale, zero_point, bits, input_groups):
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@_define("geglu_quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups) -> Tensor")
+def _geglu_quantize(x, scale, zero_point, bits, input_groups):
+    """``x [..., 2 in]`` is value, gate: ``value * gelu(gate)`` with the exact gelu."""
+    value, gate = x.float().chunk(2, dim=-1)
+    return _quantize(value * F.gelu(gate), scale, zero_point, bits, input_groups, None)
+
+
+@_fake("geglu_quantize")
+def _(x, scale, zero_point, bits, input_groups):
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.int8, device=x.device)
+
+
+@_define(
+    "group_norm_quantize(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor scale, "
+    "Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor"
+)
+def _group_norm_quantize(x, num_groups, weight, bias, eps, silu, scale, zero_point, bits, input_groups, pad):
+    """GroupNorm of an image, SiLU if asked, then as ``quantize``; without ``pad`` the image stays as large."""
+    y = F.group_norm(x.float(), num_groups, _float(weight), _float(bias), eps)
+    y = F.silu(y) if silu else y
+    return _quantize(y, scale, zero_point, bits, input_groups, pad or _NO_PAD)
+
+
+@_fake("group_norm_quantize")
+def _(x, num_groups, weight, bias, eps, silu, scale, zero_point, bits, input_groups, pad):
+    return _empty_image(_padded_shape(x, pad or _NO_PAD), torch.int8, x.device)
+
+
+_NO_PAD = (0, 0, 0, 0)
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
 # --- int8 matrix products ---------------------------------------------------------------------------------------------
 
 
@@ -193,8 +248,11 @@ def _split(x: Tensor, input_groups, dim: int):
     return (x,) if len(input_groups) == 1 else x.split(list(input_groups), dim)
 
 
-def _multiply(parts, weights, alpha: Tensor, offset: Tensor, out: Tensor) -> None:
-    """``out = sum_g (parts[g] @ weights[g].T) * alpha[g] + offset``: int32 sums, float32, one rounding to ``out``."""
+def _multiply(parts, weights, alpha: Tensor, offset: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """``out = sum_g (parts[g] @ weights[g].T) * alpha[g] + offset + residual``.
+
+    int32 sums, then float32 in that order, and one rounding to ``out``.
+    """
     y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     for g, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         acc = int_matmul(part, weight)
@@ -203,6 +261,8 @@ def _multiply(parts, weights, alpha: Tensor, offset: Tensor, out: Tensor) -> Non
         else:
             y.add_(acc.to(torch.float32).mul_(alpha[g]))
     y.add_(offset)
+    if residual is not None:
+        y.add_(residual)
     if y is not out:
         out.copy_(y)
 
@@ -211,25 +271,54 @@ def _offset(beta: Tensor, bias: Tensor | None) -> Tensor:
     return beta if bias is None else beta + bias.float()
 
 
+def _check_residual(residual: Tensor | None, shape) -> None:
+    if residual is not None and residual.shape != torch.Size(shape):
+        raise MixDQError(f"residual must have the output's shape {list(shape)}; found {list(residual.shape)}")
+
+
 @_define(
     "linear_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, int bits, int[] input_groups, "
-    "ScalarType out_dtype) -> Tensor"
+    "ScalarType out_dtype, Tensor? residual=None) -> Tensor"
 )
-def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
-    rows = xq.reshape(-1, xq.shape[-1])
-    out = torch.empty((rows.shape[0], qdata.shape[0]), dtype=out_dtype, device=xq.device)
-    weights, offset = _split(unpack(qdata, bits, input_groups), input_groups, 1), _offset(beta, bias)
-    if xq.is_cuda or rows.shape[0] <= _ROW_BLOCK:
-        _multiply(_split(rows, input_groups, 1), weights, alpha, offset, out)
-    else:
-        for part, out_part in zip(rows.split(_ROW_BLOCK), out.split(_ROW_BLOCK), strict=True):
-            _multiply(_split(part, input_groups, 1), weights, alpha, offset, out_part)
-    return out.view(*xq.shape[:-1], qdata.shape[0])
+def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype, residual=None):
+    out = torch.empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype, device=xq.device)
+    _check_residual(residual, out.shape)
+    rows = None if residual is None else residual.reshape(-1, out.shape[-1])
+    _linear_into(out.view(-1, out.shape[-1]), xq, qdata, alpha, _offset(beta, bias), bits, input_groups, rows)
+    return out
+
+
+def _linear_into(out: Tensor, xq: Tensor, qdata, alpha, offset, bits, input_groups, residual=None) -> None:
+    """Fill ``out [rows, out]``, on a CPU in blocks of rows."""
+    rows, weights = xq.reshape(-1, xq.shape[-1]), _split(unpack(qdata, bits, input_groups), input_groups, 1)
+    step = max(1, len(rows)) if xq.is_cuda else _ROW_BLOCK
+    blocks = rows.split(step)
+    residuals = [None] * len(blocks) if residual is None else residual.split(step)
+    for block, residual_block, out_block in zip(blocks, residuals, out.split(step), strict=True):
+        _multiply(_split(block, input_groups, 1), weights, alpha, offset, residual_block, out_block)
 
 
 @_fake("linear_int8")
-def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
+def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype, residual=None):
     return xq.new_empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype)
+
+
+@_define(
+    "linear_int8_multi(Tensor xq, Tensor[] qdata, Tensor[] alpha, Tensor[] beta, Tensor?[] bias, int[] bits, "
+    "int[] input_groups, ScalarType out_dtype) -> Tensor"
+)
+def _linear_int8_multi(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
+    """Several layers of one input, their outputs side by side: ``[..., sum of out]``."""
+    out = torch.empty((*xq.shape[:-1], sum(q.shape[0] for q in qdata)), dtype=out_dtype, device=xq.device)
+    parts = out.view(-1, out.shape[-1]).split([q.shape[0] for q in qdata], dim=1)
+    for part, q, a, be, bi, width in zip(parts, qdata, alpha, beta, bias, bits, strict=True):
+        _linear_into(part, xq, q, a, _offset(be, bi), width, input_groups)
+    return out
+
+
+@_fake("linear_int8_multi")
+def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
+    return xq.new_empty((*xq.shape[:-1], sum(q.shape[0] for q in qdata)), dtype=out_dtype)
 
 
 @_define(
@@ -273,11 +362,13 @@ def _windows(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
 
 @_define(
     "conv2d_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, int bits, int[] input_groups, ScalarType out_dtype) -> Tensor"
+    "SymInt[2] padding, SymInt[2] dilation, int bits, int[] input_groups, ScalarType out_dtype, "
+    "Tensor? residual=None) -> Tensor"
 )
-def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype):
+def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype, residual=None):
     """Padding adds the code 0; an input with another zero point comes padded from ``quantize``."""
     shape = _conv_output_shape(xq, qdata, stride, padding, dilation)
+    _check_residual(residual, shape)
     if any(padding):
         xq = F.pad(xq, (padding[1], padding[1], padding[0], padding[0]))
     weights = [w.permute(0, 2, 3, 1).flatten(1) for w in _split(unpack(qdata, bits, input_groups), input_groups, 1)]
@@ -286,7 +377,8 @@ def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, 
     pixels, offset = out.permute(0, 2, 3, 1), _offset(beta, bias)
     for batch, lines in _image_blocks(shape, sum(w.shape[1] for w in weights), xq.is_cuda):
         parts = [v[batch, lines].reshape(-1, w.shape[1]) for v, w in zip(windows, weights, strict=True)]
-        _multiply(parts, weights, alpha, offset, pixels[batch, lines].view(-1, shape[1]))
+        rows = None if residual is None else residual.permute(0, 2, 3, 1)[batch, lines].reshape(-1, shape[1])
+        _multiply(parts, weights, alpha, offset, rows, pixels[batch, lines].view(-1, shape[1]))
     return out
 
 
@@ -304,7 +396,7 @@ def _image_blocks(shape, reduction: int, whole: bool):
 
 
 @_fake("conv2d_int8")
-def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype):
+def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype, residual=None):
     return _empty_image(_conv_output_shape(xq, qdata, stride, padding, dilation), out_dtype, xq.device)
 
 

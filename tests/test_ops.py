@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from generators import DTYPES, IMAGE_LAYOUTS, LINEAR_LAYOUTS, cases, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import array, assert_rows_near, assert_same, dynamic_range, quantize
+from reference import array, assert_rows_near, assert_same, code_range, dynamic_range, quantize
+from torch.utils._pytree import tree_map_only
 
+from mixdq_ao import MixDQError
 from mixdq_ao import ops as mixdq_ops
 from mixdq_ao.tensor import static_alpha_beta
 
@@ -102,6 +105,59 @@ def test_two_steps_equal_one(case, rows, dtype):
     assert_same(y, ops.quantized_linear(*linear_args(case, x)))
 
 
+@settings(max_examples=50)
+@given(cases(), st.integers(0, 9), st.sampled_from(list(LINEAR_LAYOUTS)), dtypes, dtypes)
+def test_residual_of_a_linear_is_added_before_the_rounding(case, rows, layout, dtype, out_dtype):
+    w, x = case.weight, case.input((2, rows, sum(case.groups)))
+    residual = LINEAR_LAYOUTS[layout](case.input((2, rows, w.shape[0]), dtype))
+    xq = ops.quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, None)
+    y = ops.linear_int8(xq, w.qdata, w.alpha, w.beta, case.bias, w.bits, w.input_groups, out_dtype, residual)
+    assert_same(y, torch.from_numpy(case.layer.float32(x) + array(residual)).to(out_dtype))
+
+
+@settings(max_examples=50)
+@given(cases(kernels=st.tuples(small, small)), st.integers(0, 3), st.sampled_from(list(IMAGE_LAYOUTS)), dtypes, dtypes)
+def test_residual_of_a_conv2d_is_added_before_the_rounding(case, batch, layout, dtype, out_dtype):
+    w, x = case.weight, case.input((batch, sum(case.groups), 4, 5))
+    conv = ((1, 2), ((1, 1), (1, 1)), (1, 1))
+    y = case.layer.float32(x, conv)
+    residual = IMAGE_LAYOUTS[layout](case.input(y.shape, dtype))
+    xq = ops.quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, (1, 1, 1, 1))
+    weight = (w.qdata, w.alpha, w.beta, case.bias)
+    out = ops.conv2d_int8(xq, *weight, (1, 2), (0, 0), (1, 1), w.bits, w.input_groups, out_dtype, residual)
+    assert_same(out, torch.from_numpy(y + array(residual)).to(out_dtype))
+    assert out.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_residual_in_blocks_and_of_a_wrong_shape():
+    case = make_case(24, [40], bias=False)
+    w, x = case.weight, case.input((1300, 40))
+    residual = case.input((1300, 24), torch.float16)
+    xq = ops.quantize(x, w.act_scale, w.act_zero_point, 8, [40], None)
+    args = (xq, w.qdata, w.alpha, w.beta, None, 8, [40], torch.float16)
+    assert_same(ops.linear_int8(*args, residual), torch.from_numpy(case.layer.float32(x) + array(residual)).half())
+    with pytest.raises(MixDQError, match=r"residual must have the output's shape \[1300, 24\]; found \[1, 24\]"):
+        ops.linear_int8(*args, residual[:1])
+
+
+@settings(max_examples=50)
+@given(st.data(), st.integers(1, 6), st.integers(0, 9), st.booleans(), dtypes)
+def test_several_linears_of_one_input_equal_each_alone(data, count, rows, adjacent, dtype):
+    first = data.draw(cases())
+    groups, first_bits = first.groups, first.weight.bits
+    widths = [first_bits if adjacent else (8, 4, 2)[s % 3] for s in range(1, count)]
+    every = [first, *(make_case(8 * s + 1, groups, (), b, bias=s % 2 == 0, seed=s) for s, b in enumerate(widths))]
+    qdata, alpha, beta, bits = ([getattr(c.weight, n) for c in every] for n in ("qdata", "alpha", "beta", "bits"))
+    if adjacent:
+        qdata = list(torch.cat(qdata).split([len(q) for q in qdata]))
+    bias = [c.bias for c in every]
+    xq = torch.randint(-128, 128, (2, rows, sum(groups)), dtype=torch.int8)
+    y = ops.linear_int8_multi(xq, qdata, alpha, beta, bias, bits, groups, dtype)
+    alone = [ops.linear_int8(xq, *a, groups, dtype) for a in zip(qdata, alpha, beta, bias, bits, strict=True)]
+    assert_same(y, torch.cat(alone, -1))
+    assert y.is_contiguous()
+
+
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 65504.0, 0.5, 1.5, 2.5, -0.5]
 
 
@@ -193,6 +249,94 @@ def test_weight_only_linear_rounds_like_the_floating_layer(case, rows, dtype):
     assert (np.abs(array(y) - expected) <= 3 * torch.finfo(dtype).eps * size + 1e-6).all()
 
 
+# --- quantizers fused with norms and activations ----------------------------------------------------------------------
+
+
+def assert_codes(q, real: np.ndarray, case, axis: int, pad=((0, 0),) * 4) -> None:
+    """Every code is that of the float64 values ``real``, or its neighbour where float32 may fall on the other side."""
+    w = case.weight
+    parts = np.split(real, case.layer.cuts, axis)
+    zeros = [np.full(p.shape, z) for p, z in zip(parts, case.layer.zero, strict=True)]
+    t = np.concatenate(
+        [p / s + z for p, s, z in zip(parts, case.layer.act_scale.astype(float), zeros, strict=True)], axis
+    )
+    padded = np.concatenate([np.pad(z, pad[: z.ndim], "edge") for z in zeros], axis)
+    padded[tuple(slice(a, a + n) for (a, _), n in zip(pad, t.shape, strict=False))] = t
+    t = np.clip(padded, *code_range(w.act_bits))
+    assert q.dtype == torch.int8 and q.shape == t.shape
+    # 1e-5 of a range of a few hundred steps is what float32 sums may be off.
+    assert np.abs(array(q) - t).max(initial=0) <= 0.5 + 4e-3
+    assert (array(q) != np.rint(t)).mean() <= 0.01 if t.size > 1000 else True
+
+
+def affine(x: np.ndarray, weight, bias, axis: int) -> np.ndarray:
+    shape = [-1 if d == axis % x.ndim else 1 for d in range(x.ndim)]
+    x = x if weight is None else x * array(weight).astype(np.float64).reshape(shape)
+    return x if bias is None else x + array(bias).astype(np.float64).reshape(shape)
+
+
+def normalized(x: np.ndarray, axes, eps: float) -> np.ndarray:
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
+
+
+def vectors(case, dtype):
+    """Weight and bias of a norm: [in] or None."""
+    channels = sum(case.groups)
+    return case.input((channels,), dtype) if channels % 3 else None, case.input((channels,), dtype)
+
+
+@given(cases(), st.integers(1, 9), st.sampled_from(list(LINEAR_LAYOUTS)), dtypes)
+def test_layer_norm_quantize(case, rows, layout, dtype):
+    w, x = case.weight, LINEAR_LAYOUTS[layout](case.input((2, rows, sum(case.groups)), dtype) * 3 + 1)
+    weight, bias = vectors(case, dtype)
+    q = ops.layer_norm_quantize(x, weight, bias, 1e-3, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+    assert_codes(q, affine(normalized(array(x).astype(np.float64), -1, 1e-3), weight, bias, -1), case, -1)
+    assert q.is_contiguous()
+
+
+@given(cases(), st.integers(1, 9), st.sampled_from(list(LINEAR_LAYOUTS)), dtypes)
+def test_geglu_quantize(case, rows, layout, dtype):
+    w, x = case.weight, LINEAR_LAYOUTS[layout](case.input((2, rows, 2 * sum(case.groups)), dtype))
+    q = ops.geglu_quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+    value, gate = np.split(array(x).astype(np.float64), 2, -1)
+    erf = torch.from_numpy(gate / 2**0.5).erf().numpy()
+    assert_codes(q, value * gate * 0.5 * (1 + erf), case, -1)
+    assert q.is_contiguous()
+
+
+@given(
+    cases(kernels=st.just((1, 1))),
+    st.booleans(),
+    st.one_of(st.none(), st.tuples(*[st.integers(0, 2)] * 4)),
+    st.sampled_from(list(IMAGE_LAYOUTS)),
+    dtypes,
+)
+def test_group_norm_quantize(case, silu, pad, layout, dtype):
+    w, channels = case.weight, sum(case.groups)
+    x = IMAGE_LAYOUTS[layout](case.input((2, channels, 3, 4), dtype) + 0.5)
+    num_groups = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
+    weight, bias = vectors(case, dtype)
+    act = (w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+    q = ops.group_norm_quantize(x, num_groups, weight, bias, 1e-3, silu, *act, pad)
+    y = normalized(array(x).astype(np.float64).reshape(2, num_groups, -1), -1, 1e-3).reshape(x.shape)
+    y = affine(y, weight, bias, 1)
+    left, right, top, bottom = pad or (0, 0, 0, 0)
+    y = y / (1 + np.exp(-y)) if silu else y
+    assert_codes(q, y, case, 1, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    assert q.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_a_fused_quantizer_rounds_once():
+    """At bf16 an intermediate rounding would move about every third code by one or more."""
+    x = torch.randn(64, 512).bfloat16()
+    scale, zero = torch.tensor([0.01]), torch.tensor([0.0])
+    y = F.layer_norm(x.double(), (512,))
+    q = ops.layer_norm_quantize(x, None, None, 1e-5, scale, zero, 8, [512])
+    once = (y / scale.double()).round().clamp(-128, 127)
+    twice = (y.bfloat16().double() / scale.double()).round().clamp(-128, 127)
+    assert (q != once).double().mean() < 1e-3 < 0.01 < (q != twice).double().mean()
+
+
 # --- opcheck ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,9 +355,17 @@ def op_cases():
             imageq = ops.quantize(image, *act, groups, (0, 0, 0, 0))
             static = (w.qdata, w.alpha, w.beta, lin.bias)
             static_conv = (v.qdata, v.alpha, v.beta, conv.bias)
+            norm = (lin.input((sum(groups),), torch.bfloat16), None, 1e-5)
+            residual, image_residual = lin.input((2, 3, 6), torch.float16), conv.input((2, 6, 3, 8)).mT.contiguous().mT
+            several = ([w.qdata, w.qdata], [w.alpha, w.alpha], [w.beta, w.beta], [None, lin.bias], [bits, bits], groups)
+            two = LINEAR_LAYOUTS[layout](lin.input((2, 3, 2 * sum(groups)), torch.bfloat16))
             calls = {
                 "quantize": (x, *act, groups, None),
                 "quantize_per_token": (x, 8, groups),
+                "layer_norm_quantize": (x, *norm, *act, groups),
+                "geglu_quantize": (two, *act, groups),
+                "group_norm_quantize": (image, 1, *norm, True, *act, groups, pad),
+                "linear_int8_multi": (xq, *several, torch.float16),
                 "linear_int8": (xq, *static, bits, groups, torch.float16),
                 "linear_int8_dynamic": (xq, s, z, w.qdata, w.scale, weight_sum, lin.bias, bits, groups, torch.float32),
                 "conv2d_int8": (imageq, *static_conv, stride, (1, 2), dilation, bits, groups, torch.float16),
@@ -225,6 +377,11 @@ def op_cases():
             for name, args in calls.items():
                 yield f"{name}-int{bits}-{layout}", name, args
             yield f"quantize-image-int{bits}-{layout}", "quantize", (image, *act, groups, pad)
+            yield f"group_norm_quantize-no pad-int{bits}-{layout}", "group_norm_quantize", (
+                image, sum(groups), None, *norm[1:], False, *act, groups, None,
+            )  # fmt: skip
+            for name, r in (("linear_int8", residual), ("conv2d_int8", image_residual)):
+                yield f"{name}-residual-int{bits}-{layout}", name, (*calls[name], r)
     w = make_case(6, [16]).weight
     empty = torch.empty(0, 16)
     yield "quantize-empty", "quantize", (empty, w.act_scale, w.act_zero_point, 8, [16], None)
@@ -251,7 +408,7 @@ def test_meta_tensors(name, args):
     """Shapes, dtypes and strides without data, as ``device="meta"`` models need them."""
     op = getattr(ops, name).default
     real = op(*args)
-    meta = op(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])
+    meta = op(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args))
     for r, m in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, meta)), strict=True):
         assert m.device.type == "meta"
         assert (m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride())
