@@ -1,0 +1,209 @@
+"""What the GPU benchmarks share: layers with their weights in rotation, times of graph replays, forced kernels."""
+
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sdxl_shapes import Conv, Layer
+
+if importlib.util.find_spec("torchao") is None:
+    # The operators need torch alone, but the package imports torchao: let its modules be found without running it.
+    package = types.ModuleType("mixdq_ao")
+    package.__path__ = [str(Path(__file__).resolve().parents[1] / "mixdq_ao")]
+    sys.modules["mixdq_ao"] = package
+
+from mixdq_ao import ops  # noqa: E402
+
+# Weights of a UNet do not stay in the L2 cache (60 MB on an H200) from one step to the next, so that of one layer must
+# not either: launches go through at least that many bytes of them.
+ROTATION_BYTES = 160 << 20
+POOL_BYTES = 384 << 20
+# Long launches are repeated less often: about that many microseconds in each replay.
+REPLAY_US = 15_000
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the catalogue in csrc/catalogue.cpp: what ``MIXDQ_KERNEL`` may name."""
+
+    name: str
+    max_splits: int = 1
+
+    def splits(self, layer: Layer, bits: int) -> list[int]:
+        """The splits in which it can do the layer; none where the library would ignore that it is forced."""
+        if self.name == "direct":
+            return [1]
+        packed = self.name.endswith("_packed")
+        reads_packed = packed or self.name == "few_rows"
+        channels = layer.k // layer.taps
+        if (packed and bits == 8) or channels % (16 * 8 // bits if reads_packed else 16):
+            return []
+        if self.name == "few_rows" and (isinstance(layer, Conv) or layer.m > 16):
+            return []
+        steps = layer.taps * -(-channels // 128)
+        return [s for s in (1, 2, 4, 8) if s <= self.max_splits and s <= steps]
+
+
+KERNELS = [
+    *(Kernel(f"sm90_{tile}") for tile in ("256x128", "128x160", "128x128", "64x160")),
+    *(Kernel(f"sm90_{tile}", 8) for tile in ("64x80", "128x64", "64x64")),
+    *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
+    *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
+    *(Kernel(f"sm80_{tile}") for tile in ("128x128", "128x64", "64x64", "64x16")),
+    Kernel("few_rows"),
+    Kernel("direct"),
+]
+
+
+@contextmanager
+def forced(name: str, splits: int = 1) -> Iterator[None]:
+    """Multiply with that kernel wherever it can do the problem."""
+    before = os.environ.get("MIXDQ_KERNEL")
+    os.environ["MIXDQ_KERNEL"] = f"{name}:{splits}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MIXDQ_KERNEL"]
+        else:
+            os.environ["MIXDQ_KERNEL"] = before
+
+
+def require_gpu() -> None:
+    """End the program with the reason where there is nothing to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark needs a CUDA device.")
+    if ops.cuda_library_missing:
+        sys.exit(f"This benchmark needs the CUDA library: {ops.cuda_library_missing}.")
+
+
+def environment() -> dict:
+    """What a result depends on beside the code."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else ""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "multiprocessors": torch.cuda.get_device_properties().multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver.partition("\n")[0] or "unknown",
+        "date": date.today().isoformat(),
+    }
+
+
+class Bench:
+    """Makes and times launches. Memory is taken once: a pool of codes and one of floats, and one for all graphs.
+
+    From then on the current stream is one that graphs can be captured on.
+    """
+
+    def __init__(self, pool_bytes: int = POOL_BYTES):
+        self.codes = torch.randint(-128, 128, (pool_bytes,), dtype=torch.int8, device="cuda")
+        self.floats = torch.randn(pool_bytes // 2, dtype=torch.float16, device="cuda") * 0.05
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
+        self.graphs = torch.cuda.graph_pool_handle()
+        torch.backends.cudnn.benchmark = True
+
+    def weights(self, pool: torch.Tensor, shape: tuple, count: int) -> list[torch.Tensor]:
+        """Up to ``count`` weights of that shape, one behind the other; a window's channels come last in memory."""
+        size = shape[0] * shape[1] * (shape[2] * shape[3] if len(shape) == 4 else 1)
+        count = max(1, min(count, pool.numel() // size))
+        stored = pool[: count * size].view(count, shape[0], *shape[2:], shape[1])
+        return list(stored.permute(0, 1, 4, 2, 3) if len(shape) == 4 else stored)
+
+    def int8(self, layer: Layer, bits: int) -> tuple[Callable[[int], object], int]:
+        """Launch number i of the quantized layer, and how many to time."""
+        channels = layer.k // layer.taps
+        alpha, beta = (torch.randn(1, layer.n, device="cuda") * 1e-4 for _ in range(2))
+        bias = torch.randn(layer.n, dtype=torch.float16, device="cuda")
+        packed = -(-channels * bits // 8)
+        count = launches(layer, layer.columns * layer.taps * packed)
+        pool = self.codes if bits == 8 else self.codes.view(torch.uint8)
+        epilogue = (alpha, beta[0], bias)
+        if isinstance(layer, Conv):
+            size = layer.size + 2 * layer.pad
+            # From the end of the pool, since its beginning holds the weights.
+            x = self.codes[-layer.batch * size * size * channels :].view(layer.batch, size, size, channels)
+            weights = self.weights(pool, (layer.n, packed, layer.kernel, layer.kernel), count)
+            image, stride = x.permute(0, 3, 1, 2), (layer.stride, layer.stride)
+
+            def call(i):
+                torch.ops.mixdq_ao.conv2d_int8(
+                    image, weights[i % len(weights)], *epilogue, stride, (0, 0), (1, 1), bits, [channels], torch.float16
+                )
+
+            return call, count
+        x = torch.randint(-128, 128, (layer.m, channels), dtype=torch.int8, device="cuda")
+        weights, each = self.weights(pool, (layer.n, packed), count * layer.weights), layer.weights
+
+        def linear(i):
+            torch.ops.mixdq_ao.linear_int8(x, weights[i % len(weights)], *epilogue, bits, [channels], torch.float16)
+
+        def several(i):
+            first = i * each % (len(weights) - each + 1)
+            torch.ops.mixdq_ao.linear_int8_multi(
+                x, weights[first : first + each], *([v] * each for v in epilogue), [bits] * each, [channels],
+                torch.float16,
+            )  # fmt: skip
+
+        return (linear if each == 1 else several), count
+
+    def float16(self, layer: Layer) -> tuple[Callable[[int], object], int]:
+        """Launch number i of the layer in torch's own fp16, and how many to time."""
+        count = launches(layer, 2 * layer.columns * layer.k)
+        bias = torch.randn(layer.columns, dtype=torch.float16, device="cuda")
+        if isinstance(layer, Conv):
+            shape = (layer.n, layer.channels, layer.kernel, layer.kernel)
+            x = torch.randn(layer.batch, layer.channels, layer.size, layer.size, dtype=torch.float16, device="cuda")
+            x, weights = x.contiguous(memory_format=torch.channels_last), self.weights(self.floats, shape, count)
+            return lambda i: F.conv2d(x, weights[i % len(weights)], bias, layer.stride, layer.pad), count
+        x = torch.randn(layer.m, layer.k, dtype=torch.float16, device="cuda")
+        weights = self.weights(self.floats, (layer.columns, layer.k), count)
+        return lambda i: F.linear(x, weights[i % len(weights)], bias), count
+
+    def time_us(self, call: Callable[[int], object], count: int, repeats: int = 5) -> float:
+        """Median microseconds of a launch: ``count`` of them in a graph, replayed from a cold cache."""
+        call(0)  # loads kernels, and lets cuDNN choose
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it collects garbage and empties the cache each time, which takes longer than the rest.
+        graph.capture_begin(pool=self.graphs)
+        try:
+            for i in range(count):
+                call(i)
+        finally:
+            graph.capture_end()
+        graph.replay()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.codes.view(torch.int64).amax()  # pushes everything else out of the cache
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / count
+
+    def warm_up(self, seconds: float = 0.3) -> None:
+        """Raise the clocks."""
+        a = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+        for _ in range(max(1, int(seconds * 3000))):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def launches(layer: Layer, weight_bytes: int) -> int:
+    """Enough for the weights to leave the cache, but no longer than ``REPLAY_US`` at a pessimistic 300 TFLOP/s."""
+    expected_us = 3 + layer.flops / 300e6
+    return max(8, min(ROTATION_BYTES // weight_bytes, 800, int(REPLAY_US / expected_us)))
