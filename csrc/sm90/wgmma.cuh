@@ -1,0 +1,43 @@
+// Tensor core instructions of one warpgroup: int8 [64, 32] times int8 [n, 32] transposed, int32 sums in registers.
+#pragma once
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED 1  // widths 80 and 160, which divide SDXL's channel counts
+#include <cstdint>
+#include <utility>
+#include "cute/arch/mma_sm90_gmma.hpp"
+
+namespace mixdq::sm90 {
+
+template <int N>
+struct Wgmma;
+
+#define MIXDQ_WGMMA(N)                                                  \
+  template <>                                                           \
+  struct Wgmma<N> {                                                     \
+    using Instruction = cute::SM90::GMMA::MMA_64x##N##x32_S32S8S8_SS_TN; \
+  };
+MIXDQ_WGMMA(64)
+MIXDQ_WGMMA(80)
+MIXDQ_WGMMA(128)
+MIXDQ_WGMMA(160)
+#undef MIXDQ_WGMMA
+
+template <int N, size_t... I>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, uint32_t (&sums)[N / 2], bool add,
+                                      std::index_sequence<I...>) {
+  using cute::SM90::GMMA::ScaleOut;
+  Wgmma<N>::Instruction::fma(a, b, sums[I]..., add ? ScaleOut::One : ScaleOut::Zero);
+}
+
+// sums (+)= a * b^T for the tiles that the descriptors name; asynchronous until the warpgroup waits.
+template <int N>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, uint32_t (&sums)[N / 2], bool add) {
+  wgmma<N>(a, b, sums, add, std::make_index_sequence<N / 2>{});
+}
+
+// Descriptor of a tile in shared memory: rows of 128 bytes, 128-byte swizzle, 8 rows to a block of 1024 bytes. The next
+// 32 codes of a row are +2, the next 64 rows +512 (in units of 16 bytes).
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared_address) {
+  return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+}  // namespace mixdq::sm90
