@@ -1,0 +1,225 @@
+#include "catalogue.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+// Whether sm90/ was compiled, which only sm_90a can run.
+#ifndef MIXDQ_SM90
+#define MIXDQ_SM90 1
+#endif
+
+namespace mixdq {
+namespace {
+
+constexpr int kFewRows = 16;
+constexpr int kStep = 128;  // codes of the reduction that the cost model counts at a time
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const char* name_of(Float type) { return type == Float::f32 ? "f32" : type == Float::f16 ? "f16" : "bf16"; }
+
+// Asynchronous copies and TMA move 16 bytes at a time; this names what does not start on a multiple of them.
+const char* misaligned(const Matmul& p, bool weights_as_stored) {
+  if (reinterpret_cast<uintptr_t>(p.x.data) % 16) return "the input does not start on a multiple of 16 bytes";
+  if (p.x.stride_w % 16 || p.x.stride_h % 16 || p.x.stride_n % 16) return "the input's strides are no multiples of 16";
+  for (int i = 0; weights_as_stored && i < p.weight_count; ++i) {
+    if (reinterpret_cast<uintptr_t>(p.weights[i].data) % 16) return "a weight does not start on a multiple of 16 bytes";
+  }
+  return nullptr;
+}
+
+std::string needs_channels(const Matmul& p, int multiple) {
+  if (p.x.channels > 0 && p.x.channels % multiple == 0) return "";
+  return "needs a multiple of " + std::to_string(multiple) + " input channels; found " + std::to_string(p.x.channels);
+}
+
+// What TMA's im2col mode can describe.
+const char* beyond_im2col(const Matmul& p) {
+  if (p.is_rows()) return nullptr;
+  const Window& w = p.window;
+  if (w.stride_h > 8 || w.stride_w > 8) return "TMA takes strides up to 8";
+  if ((w.r - 1) * w.dilation_h > 128 || (w.s - 1) * w.dilation_w > 128) return "TMA takes windows up to 129 wide";
+  return nullptr;
+}
+
+// Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family.
+double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count) {
+  bool sm90 = std::string(kernel.family) == "sm90";
+  double macs = sm90 ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
+  int64_t tiles_n = 0;
+  for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
+  int64_t blocks = ceil_div(p.m(), kernel.tile_m) * tiles_n * splits;
+  int64_t steps = ceil_div(p.taps() * ceil_div(p.x.channels, kStep), splits);
+  int64_t rounds = ceil_div(blocks, sm_count);
+  double tile = double(kernel.tile_m) * kernel.tile_n;
+  double math = tile * kStep / macs * (kernel.packed ? 1.5 : 1);  // spreading packed codes takes instructions
+  double weight_bytes = kernel.packed ? p.bits / 8. : 1;
+  double step = std::max(math, (kernel.tile_m + kernel.tile_n * weight_bytes) * kStep / bytes_in);
+  // Tiles overlap with the end of the ones before them, except where all warps work on one tile.
+  double ends = kernel.tile_m > 128 ? rounds : 1;
+  double cycles = rounds * steps * step + ends * (600 + tile * 2 / bytes_out);
+  if (splits > 1) cycles += 500 + tile * 4 / bytes_out;
+  if (p.bits != 8 && !kernel.packed) cycles += 3500 + double(p.n()) * p.k() * 1.5 / (20. * sm_count);
+  return cycles;
+}
+
+Choice cheapest(const std::string& family, const Matmul& p, int arch, int sm_count) {
+  Choice best;
+  double least = 0;
+  const auto& kernels = catalogue();
+  for (int i = 0; i < int(kernels.size()); ++i) {
+    const Kernel& kernel = kernels[i];
+    if (family != kernel.family || !why_not(kernel, p, arch).empty()) continue;
+    int64_t steps = p.taps() * ceil_div(p.x.channels, kStep);
+    // A part should have some steps to itself, or handing over the sums costs more than it saves.
+    for (int splits = 1; splits <= kernel.max_splits && (splits == 1 || steps >= 2 * splits); splits *= 2) {
+      double cycles = estimate(kernel, p, splits, sm_count);
+      if (best.kernel < 0 || cycles < least) best = {i, splits, false}, least = cycles;
+    }
+  }
+  return best;
+}
+
+Choice by_rule(const Matmul& p, int arch, int sm_count) {
+  int few = find_kernel("few_rows");
+  if (why_not(catalogue()[few], p, arch).empty()) return {few, 1, false};
+  for (const char* family : {"sm90", "sm80"}) {
+    Choice choice = cheapest(family, p, arch, sm_count);
+    if (choice.kernel >= 0) return choice;
+  }
+  return {find_kernel("direct"), 1, false};
+}
+
+// Splits as the kernel takes them: a power of two, at most its largest.
+int allowed_splits(const Kernel& kernel, int wanted) {
+  int splits = 1;
+  while (splits * 2 <= std::min(wanted, kernel.max_splits)) splits *= 2;
+  return splits;
+}
+
+Choice by_environment(const char* wanted, const Matmul& p, int arch) {
+  std::string name = wanted;
+  size_t colon = name.find(':');
+  int splits = colon == std::string::npos ? 1 : std::atoi(name.c_str() + colon + 1);
+  name.resize(std::min(colon, name.size()));
+  int i = find_kernel(name);
+  if (i < 0) {
+    std::string names;
+    for (const Kernel& kernel : catalogue()) names += (names.empty() ? "" : ", ") + std::string(kernel.name);
+    throw std::runtime_error("MIXDQ_KERNEL names no kernel: '" + name + "'. The kernels are " + names);
+  }
+  const Kernel& kernel = catalogue()[i];
+  return why_not(kernel, p, arch).empty() ? Choice{i, allowed_splits(kernel, splits), false} : Choice{};
+}
+
+}  // namespace
+
+const std::vector<Kernel>& catalogue() {
+  static const std::vector<Kernel> kernels = {
+      // name, family, tile_m, tile_n, math_groups, max_splits, packed
+      {"sm90_256x128", "sm90", 256, 128, 2, 1, false},
+      {"sm90_128x160", "sm90", 128, 160, 2, 1, false},
+      {"sm90_128x128", "sm90", 128, 128, 2, 1, false},
+      {"sm90_64x160", "sm90", 64, 160, 2, 1, false},
+      {"sm90_64x80", "sm90", 64, 80, 1, 8, false},
+      {"sm90_128x64", "sm90", 128, 64, 1, 8, false},
+      {"sm90_64x64", "sm90", 64, 64, 1, 8, false},
+      {"sm90_128x160_packed", "sm90", 128, 160, 2, 1, true},
+      {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},
+      {"sm90_64x80_packed", "sm90", 64, 80, 1, 8, true},
+      {"sm90_128x64_packed", "sm90", 128, 64, 1, 8, true},
+      {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
+      {"sm80_128x64", "sm80", 128, 64, 0, 1, false},
+      {"sm80_64x64", "sm80", 64, 64, 0, 1, false},
+      {"sm80_64x16", "sm80", 64, 16, 0, 1, false},
+      {"few_rows", "any", kFewRows, 1, 0, 1, true},
+      {"direct", "any", 16, 16, 0, 1, false},
+  };
+  return kernels;
+}
+
+int find_kernel(const std::string& name) {
+  const auto& kernels = catalogue();
+  for (int i = 0; i < int(kernels.size()); ++i) {
+    if (name == kernels[i].name) return i;
+  }
+  return -1;
+}
+
+std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
+  std::string name = kernel.name, family = kernel.family;
+  if (name == "direct") return "";
+  if (family == "sm90" && !MIXDQ_SM90) return "this build has no code for sm_90a";
+  if (family == "sm90" && arch != 90) return "needs sm_90; this is sm_" + std::to_string(arch);
+  if (arch < 80) return "needs sm_80 or newer; this is sm_" + std::to_string(arch);
+  if (p.m() >= int64_t(1) << 31) return "takes fewer than 2^31 rows";
+  if (name == "few_rows") {
+    if (!p.is_rows()) return "needs rows at equal distances";
+    if (p.m() > kFewRows) return "takes up to " + std::to_string(kFewRows) + " rows; found " + std::to_string(p.m());
+  } else if (kernel.packed && p.bits == 8) {
+    return "reads weights of 4 and 2 bits";
+  }
+  std::string channels = needs_channels(p, kernel.packed ? 16 * 8 / p.bits : 16);
+  if (!channels.empty()) return channels;
+  // Unpacked weights lie in fresh memory, which is aligned.
+  if (const char* what = misaligned(p, kernel.packed || p.bits == 8)) return what;
+  if (family == "sm90") {
+    if (const char* what = beyond_im2col(p)) return what;
+  }
+  return "";
+}
+
+const std::vector<Tuned>& tuning_table() {
+  static const std::vector<Tuned> table = {
+#include "tuning_table.inc"
+  };
+  return table;
+}
+
+const Tuned* nearest(const std::vector<Tuned>& table, const Matmul& p, int arch) {
+  const int n = p.n(), k = p.k(), taps = p.taps();
+  const double m = double(p.m());
+  const Tuned* best = nullptr;
+  double least = 1.5;
+  for (const Tuned& row : table) {
+    if (row.n != n || row.k != k || row.taps != taps || row.bits != p.bits || row.arch != arch) continue;
+    double ratio = std::max(m / row.m, row.m / m);
+    if (ratio > least || (best && ratio == least)) continue;
+    best = &row, least = ratio;
+  }
+  return best;
+}
+
+Choice select(const Matmul& p, int arch, int sm_count) {
+  if (const char* wanted = std::getenv("MIXDQ_KERNEL"); wanted && *wanted) {
+    Choice forced = by_environment(wanted, p, arch);
+    if (forced.kernel >= 0) return forced;
+  }
+  if (const Tuned* row = nearest(tuning_table(), p, arch)) {
+    int i = find_kernel(row->kernel);
+    if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
+      return {i, allowed_splits(catalogue()[i], row->splits), true};
+    }
+  }
+  return by_rule(p, arch, sm_count);
+}
+
+std::string Matmul::str() const {
+  auto by = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
+  std::string columns;
+  for (int i = 0; i < weight_count; ++i) columns += (i ? "+" : "") + std::to_string(weights[i].n);
+  std::string text = "[m " + std::to_string(m()) + ", n " + columns + ", k " + by(taps(), x.channels) + "], int" +
+                     std::to_string(bits) + " weights, " + (row_scale ? "dynamic" : "static") + ", to " +
+                     name_of(out_type) + " every " + std::to_string(out_stride);
+  if (residual) text += std::string(", residual ") + name_of(residual_type);
+  if (!is_rows()) {
+    text += ", image " + by(x.batch, x.height) + "x" + by(x.width, x.channels) + ", window " + by(window.r, window.s) +
+            " stride " + by(window.stride_h, window.stride_w) + " dilation " +
+            by(window.dilation_h, window.dilation_w) + " to " + by(out_h, out_w);
+  }
+  return text;
+}
+
+}  // namespace mixdq
