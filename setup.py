@@ -217,15 +217,17 @@ def torch_stubs(objects: list[Path]) -> list[str]:
     """Libraries with the names of torch's, which define what the objects need of its stable interface.
 
     They stand in for torch's own at link time, so that any torch will do, also one without CUDA; and whatever else an
-    object should need of torch is an error here and not on a user's machine.
+    object should need of torch is an error here and not on a user's machine. The result names both libraries as needed:
+    they are loaded by then, but their symbols are visible only to those who do.
     """
     folder = BUILD / "stubs"
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(set(re.findall(r"\bU ((?:aoti_)?torch_\w+)", run(["nm", "-u", *map(str, objects)]))))
-    stubs = {"torch_cpu": "".join(f"void {name}(void) {{}}\n" for name in names), "torch_cuda": ""}
-    for library, code in stubs.items():
+    on_cuda = [name for name in names if "_cuda_" in name]
+    stubs = {"torch_cpu": [name for name in names if name not in on_cuda], "torch_cuda": on_cuda}
+    for library, defined in stubs.items():
         source, out = folder / f"{library}.c", folder / f"lib{library}.so"
-        source.write_text(code)
+        source.write_text("".join(f"void {name}(void) {{}}\n" for name in defined))
         run(["cc", "-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{out.name}", str(source), "-o", str(out)])
     return [str(folder / f"lib{library}.so") for library in stubs]
 
@@ -235,8 +237,7 @@ def build_cuda(tools: Toolchain, out: Path) -> None:
     compile_all(commands)
     objects = list(commands)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Both of torch's libraries must be named as needed: they are loaded, but their symbols are visible to nobody else.
-    linker = [flag for option in ("--no-as-needed", "-z", "defs", "--strip-all") for flag in ("-Xlinker", option)]
+    linker = [flag for option in ("-z", "defs", "--strip-all") for flag in ("-Xlinker", option)]
     run(
         [tools.nvcc, "-shared", "-cudart", "static", *linker, "-o", str(out), *map(str, objects), *torch_stubs(objects)]
     )
