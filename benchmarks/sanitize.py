@@ -1,0 +1,134 @@
+"""One small launch of everything in the CUDA library, for NVIDIA's checker of memory accesses and races.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
+    compute-sanitizer --tool initcheck --error-exitcode 1 python benchmarks/sanitize.py
+
+Sizes are such that no tile is full and rows end in the middle of a vector. Inputs are made and results are checked on
+the CPU, so that few kernels but ours run. ``--only sm90`` takes what has that in its name.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+# Every tensor becomes an allocation of its own, or a step over its end would land in another one unseen.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+import typer
+from gpu import KERNELS, Kernel, forced, ops, require_gpu
+from rich.console import Console
+from sdxl_shapes import Conv, Layer, Linear
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mixdq_ao.packing import pack
+
+ROWS, COLUMNS, CHANNELS, IMAGE_CHANNELS = 200, 168, 1088, 192
+STATIC = (torch.tensor([0.03]), torch.tensor([-11.0]), 8)
+
+
+def weight(n: int, channels: int, bits: int, window: tuple = ()) -> tuple[Tensor, ...]:
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, channels, *window), dtype=torch.int8)
+    return pack(codes, bits, [channels]), torch.rand(1, n) * 1e-4, torch.randn(n), torch.randn(n).half()
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def image_codes(batch: int, channels: int, height: int, width: int) -> Tensor:
+    return codes(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
+    """For each kind of problem its layer, the operator and its arguments."""
+    torch.manual_seed(bits)
+    call, half = torch.ops.mixdq_ao, torch.float16
+    x, few, n, k = codes(ROWS, CHANNELS), codes(5, CHANNELS), COLUMNS, CHANNELS
+    w, image, small = weight(n, k, bits), image_codes(2, IMAGE_CHANNELS, 9, 13), image_codes(2, 4, 9, 7)
+    window, narrow = weight(n, IMAGE_CHANNELS, bits, (3, 3)), weight(17, 4, bits, (3, 3))
+    several = [weight(c, k, bits) for c in (40, n, 1)]
+    dynamic = (torch.rand(ROWS, 1), torch.randint(-9, 9, (ROWS, 1)).float(), w[0], w[1] * 0.1)
+    weight_sum = torch.randint(-99, 99, (1, n), dtype=torch.int32)
+    steps, strided = ((1, 1), (0, 0), (1, 1)), ((2, 2), (0, 0), (2, 1))
+    residual, columns = torch.randn(ROWS, n).half(), [list(v) for v in zip(*several, strict=True)]
+    linear, conv = Linear(ROWS, n, k), Conv(2, 9, IMAGE_CHANNELS, n, 3)
+    return {
+        "linear": (linear, call.linear_int8, (x, *w, bits, [k], half, residual)),
+        "linear, dynamic": (
+            linear, call.linear_int8_dynamic, (x, *dynamic, weight_sum, w[3], bits, [k], torch.bfloat16),
+        ),
+        "several linears": (linear, call.linear_int8_multi, (x, *columns, [bits] * 3, [k], torch.float32)),
+        "few rows": (Linear(5, n, k), call.linear_int8, (few, *w, bits, [k], half)),
+        "conv2d": (conv, call.conv2d_int8, (image, *window, *steps, bits, [IMAGE_CHANNELS], half)),
+        "conv2d, strided": (conv, call.conv2d_int8, (image, *window, *strided, bits, [IMAGE_CHANNELS], half)),
+        "conv2d of 4 channels": (Conv(2, 9, 4, 17, 3), call.conv2d_int8, (small, *narrow, *steps, bits, [4], half)),
+    }  # fmt: skip
+
+
+def forced_products() -> Iterator[tuple[str, Kernel, int, Callable, tuple]]:
+    for kernel in KERNELS:
+        widths = (4, 2) if kernel.name.endswith("_packed") else (8, 4)
+        for bits in widths:
+            for name, (layer, op, args) in products(bits).items():
+                # First and last: not split, and split the most.
+                for splits in sorted({*kernel.splits(layer, bits)[:1], *kernel.splits(layer, bits)[-1:]}):
+                    yield f"{kernel.name}:{splits} {name}, {bits} bits", kernel, splits, op, args
+
+
+def quantizers() -> Iterator[tuple[str, Callable, tuple]]:
+    torch.manual_seed(0)
+    call = torch.ops.mixdq_ao
+    for channels in (321, 640):
+        rows, image = torch.randn(2, 7, channels + 3).half()[:, 1:, :channels], torch.randn(2, channels, 5, 9)
+        last = image.bfloat16().contiguous(memory_format=torch.channels_last)
+        vectors, groups = (torch.randn(channels).half(), torch.randn(channels).half(), 1e-5), [channels]
+        yield f"quantize {channels}", call.quantize, (rows, *STATIC, groups, None)
+        yield f"quantize_per_token {channels}", call.quantize_per_token, (rows, 8, groups)
+        yield f"layer_norm_quantize {channels}", call.layer_norm_quantize, (rows, *vectors, *STATIC, groups)
+        wide = torch.randn(13, 2 * channels).half()
+        yield f"geglu_quantize {channels}", call.geglu_quantize, (wide, *STATIC, groups)
+        for layout, x in (("contiguous", image), ("channels-last", last)):
+            norm, pad = (x, channels // 20 if channels % 2 == 0 else 3), (1, 2, 0, 1)
+            yield f"quantize image {channels} {layout}", call.quantize, (x, *STATIC, groups, pad)
+            yield (
+                f"group_norm_quantize {channels} {layout}",
+                call.group_norm_quantize,
+                (*norm, *vectors, True, *STATIC, groups, pad),
+            )
+
+
+def check(op: Callable, args: tuple) -> None:
+    """The same on both devices, but for a code or a rounding in rare places."""
+    here = op(*tree_map_only(Tensor, Tensor.cuda, args))
+    torch.cuda.synchronize()
+    there = op(*args)
+    for a, b in zip(*((r,) if isinstance(r, Tensor) else r for r in (here, there)), strict=True):
+        a, b = a.cpu().float(), b.float()
+        atol = 1.0 if b.dtype == torch.int8 else 1e-2
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=atol)
+
+
+def main(only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "") -> None:
+    """Launch everything once and compare it with the CPU."""
+    require_gpu()
+    console, count = Console(), 0
+    with torch.inference_mode():
+        for name, kernel, splits, op, args in forced_products():
+            if only in name:
+                console.print(name)
+                with forced(kernel.name, splits):
+                    check(op, args)
+                count += 1
+        for name, op, args in quantizers():
+            if only in name:
+                console.print(name)
+                check(op, args)
+                count += 1
+    console.print(f"{count} launches are right; {ops.kernel_name(torch.device('cuda'), int8=True)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,187 @@
+"""What the GPU benchmarks decide without a GPU: shapes, candidates, the table of kernels, sums."""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu
+import kernels
+import sdxl_shapes
+import tune
+from sdxl_shapes import Conv, Linear
+
+
+def shapes_of_diffusers(pixels: int, batch: int) -> Counter:
+    """The layers that diffusers' UNet of SDXL calls, on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        found = Counter()
+
+        def record(module, args):
+            x = args[0]
+            if isinstance(module, nn.Linear):
+                found[Linear(x.numel() // x.shape[-1], module.out_features, module.in_features)] += 1
+            else:
+                shape = (x.shape[0], x.shape[2], x.shape[1], module.out_channels)
+                found[Conv(*shape, module.kernel_size[0], module.stride[0])] += 1
+
+        for module in unet.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.register_forward_pre_hook(record)
+        size = pixels // 8
+        with torch.inference_mode():
+            unet(
+                torch.empty(batch, 4, size, size),
+                torch.tensor(1),
+                torch.empty(batch, 77, 2048),
+                added_cond_kwargs={"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)},
+            )
+    return found
+
+
+def test_shapes_are_those_of_diffusers():
+    assert sdxl_shapes.layers(768, 2) == shapes_of_diffusers(768, 2)
+
+
+def test_sizes_of_a_step():
+    layers = sdxl_shapes.layers(512, 1)
+    assert layers.total() == 743 + 51
+    assert round(sum(count * layer.flops for layer, count in layers.items()) / 1e9) == 1534
+    stride_2 = Conv(1, 64, 320, 320, 3, stride=2)
+    assert stride_2 in layers and (stride_2.m, stride_2.k, stride_2.taps) == (1024, 2880, 9)
+
+
+def test_kernels_are_those_of_the_catalogue():
+    native = pytest.importorskip("mixdq_ao._C", reason="mixdq_ao._C was not built")
+    assert {k.name: k.max_splits for k in gpu.KERNELS} == {k.name: k.max_splits for k in native.kernels()}
+    layers = {*sdxl_shapes.layers(512, 1), *sdxl_shapes.merged(1024, 4), Linear(20, 8, 24), Linear(3, 8, 48)}
+    for layer in layers:
+        for bits in (8, 4, 2):
+            for kernel in gpu.KERNELS:
+                shape = (layer.m, layer.columns, layer.k, layer.taps, bits)
+                # _C knows a 1x1 convolution only as the linear layer that it is.
+                if not (kernel.name == "few_rows" and isinstance(layer, Conv)):
+                    able = not native.why_not(kernel.name, *shape)
+                    assert bool(kernel.splits(layer, bits)) == able, (kernel, layer, bits)
+
+
+def test_a_forced_kernel_ends_with_its_block(monkeypatch):
+    for before in (None, "direct"):
+        monkeypatch.delenv("MIXDQ_KERNEL", raising=False)
+        if before:
+            monkeypatch.setenv("MIXDQ_KERNEL", before)
+        with pytest.raises(KeyError), gpu.forced("sm80_64x64", 2):
+            assert os.environ["MIXDQ_KERNEL"] == "sm80_64x64:2"
+            raise KeyError
+        assert os.environ.get("MIXDQ_KERNEL") == before
+
+
+def test_launches_go_through_more_weights_than_the_cache_holds():
+    layer = Linear(256, 1280, 1280)
+    assert gpu.launches(layer, 1280 * 1280) * 1280 * 1280 > 150e6
+    long = Conv(4, 128, 640, 640, 3)
+    assert 8 <= gpu.launches(long, long.n * long.k) <= 16
+
+
+def test_every_problem_has_candidates():
+    problems = tune.problems()
+    assert {key[-1] for key in problems} == {8, 4}
+    for key, layers in problems.items():
+        for layer in layers:
+            assert (layer.m, layer.columns, layer.k, layer.taps) == key[:4]
+            for sm90 in (True, False):
+                names = {name for name, _ in tune.candidates(layer, key[-1], sm90)}
+                assert names and (sm90 or not any(n.startswith("sm90") for n in names))
+    assert {c[0] for c in tune.candidates(Conv(1, 64, 4, 320, 3), 8, True)} == {"direct"}
+    splits = {s for name, s in tune.candidates(Linear(256, 640, 640), 8, True) if name == "sm90_64x64"}
+    assert splits == {1, 2, 4}
+
+
+def test_only_what_comes_near_the_best_is_timed_again():
+    first = {("a", 1): 10.0, ("a", 2): 11.5, ("b", 1): 30.0}
+    again = {("a", 1): 10.4, ("a", 2): 9.0}
+    assert tune.fastest(first, first.get, again.get) == {("a", 1): 10.0, ("a", 2): 9.0, ("b", 1): 30.0}
+
+
+def test_layers_of_one_row_share_the_best_kernel():
+    assert tune.best_of([{("a", 1): 1.0, ("b", 1): 2.0}, {("a", 1): 9.0, ("b", 1): 2.0}]) == ("b", 1)
+    assert tune.best_of([{("a", 1): 1.0, ("b", 1): 2.0}, {("b", 1): 2.0}]) == ("b", 1)
+
+
+def test_the_table_keeps_what_was_not_measured_again(tmp_path):
+    table = tmp_path / "tuning_table.inc"
+    assert tune.read_table(table) == {}
+    key, other = (256, 1280, 1280, 1, 8), (4096, 320, 2880, 9, 8)
+    tune.write_table(
+        table, {(90, other): ("sm90_128x160", 1), (90, key): ("sm90_64x64", 2), (80, key): ("sm80_64x64", 1)}
+    )
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("// Written by benchmarks/tune.py")
+    assert lines[2] == '{90, 256, 1280, 1280, 1, 8, "sm90_64x64", 2},'
+    tune.write_table(table, tune.read_table(table) | {(90, key): ("sm90_64x80", 4)})
+    assert tune.read_table(table) == {
+        (80, key): ("sm80_64x64", 1),
+        (90, key): ("sm90_64x80", 4),
+        (90, other): ("sm90_128x160", 1),
+    }
+    assert [p.name for p in tmp_path.iterdir()] == [table.name]
+
+
+def test_the_committed_table_names_kernels_that_exist():
+    names = {k.name for k in gpu.KERNELS}
+    rows = tune.read_table(tune.TABLE)
+    assert len(rows) == sum(line.startswith("{") for line in tune.TABLE.read_text().splitlines())
+    assert {name for name, _ in rows.values()} <= names
+
+
+def test_sums_of_a_step():
+    rows = [
+        {"kind": "linear", "count": 10, "us": {"fp16": 20.0, "w8a8": 10.0, "w4a8": 8.0, "sm80": 16.0}},
+        {"kind": "conv", "count": 2, "us": {"fp16": 100.0, "w8a8": 50.0, "w4a8": 50.0}},
+    ]
+    sums = kernels.sums(rows)
+    assert sums["linear"]["w8a8_over_fp16"] == 2 and sums["linear"]["sm80_over_fp16"] == 1.25
+    assert sums["conv"]["sm80_ms"] == 0.2 and sums["conv"]["sm80_missing"] == 2
+    assert sums["all"]["fp16_ms"] == 0.4 and sums["all"]["w4a8_ms"] == pytest.approx(0.18)
+
+
+@pytest.mark.parametrize("lacks", ["device", "library"])
+def test_without_kernels_there_is_nothing_to_measure(monkeypatch, lacks):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: lacks == "library")
+    monkeypatch.setattr(gpu.ops, "cuda_library_missing", "no compiler was found")
+    with pytest.raises(SystemExit, match="needs a CUDA device|needs the CUDA library: no compiler was found"):
+        gpu.require_gpu()
+
+
+def test_the_checked_launches_are_all_there_are(monkeypatch):
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # which the module would set for good
+    import sanitize
+
+    products, quantizers = list(sanitize.forced_products()), list(sanitize.quantizers())
+    assert {kernel for _, kernel, *_ in products} == set(gpu.KERNELS)
+    split = {(kernel.name, splits) for _, kernel, splits, *_ in products}
+    assert {(k.name, k.max_splits) for k in gpu.KERNELS} <= split
+    ops = {str(op) for *_, op, _ in [*products, *quantizers]}
+    assert {name.partition(".")[2] for name in ops} >= {
+        "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "conv2d_int8", "quantize", "quantize_per_token",
+        "layer_norm_quantize", "geglu_quantize", "group_norm_quantize",
+    }  # fmt: skip
