@@ -423,8 +423,8 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
 }
 
 // Any layout: a block for some pixels of one group. `by_pixel`: neighbouring threads take neighbouring pixels.
-__global__ void __launch_bounds__(kThreads) group_shares_any(Floats x, bool by_pixel, Divider inner,
-                                                             Shares shares) {
+__global__ void __launch_bounds__(kThreads)
+    group_shares_any(Floats x, bool by_pixel, Divider inner, Shares shares) {
   __shared__ float shared[kThreads / 32];
   __shared__ float pivot;
   wait_for_previous();
@@ -459,9 +459,9 @@ __global__ void __launch_bounds__(kThreads) group_shares_any(Floats x, bool by_p
   }
 }
 
-__global__ void __launch_bounds__(kThreads) group_apply_any(Floats x, Pad pad, Divider size, int chunks,
-                                                            int chunk_pixels, Shares shares, Norm norm,
-                                                            bool with_silu, Codes codes, int8_t* out) {
+__global__ void __launch_bounds__(kThreads, 4)
+    group_apply_any(Floats x, Pad pad, Divider size, int chunks, int chunk_pixels, Shares shares, Norm norm,
+                    bool with_silu, Codes codes, int8_t* out) {
   __shared__ float2 moments;
   wait_for_previous();
   let_next_start();
