@@ -110,7 +110,7 @@ def draw(kernel: str, number: int) -> Case:
     op = rng.choice(("linear", "linear", "dynamic", "multi", "conv", "conv", "conv"))
     if name == "few_rows" and suits:
         op = rng.choice(("linear", "dynamic", "multi"))
-    group_count = 2 if rng.random() < 0.1 else 1
+    group_count = rng.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 3))
     groups = [log_uniform(rng, 4096 // group_count) for _ in range(group_count)]
     if suits and name != "direct":
         multiple = 16 * 8 // bits if "packed" in name or name == "few_rows" else 16
@@ -650,10 +650,14 @@ def test_cuda_graph_with_changing_inputs():
     assert torch.equal(y, expected[-1])
 
 
-def test_weights_and_scales_that_were_written_just_before():
-    """As dynamic convolutions and moved models do: the kernel ahead writes what this one reads first."""
+@pytest.mark.parametrize("rows", [4, 256], ids=["few rows", "rows"])
+@pytest.mark.parametrize("kernel", ["", "sm90_128x160", "sm90_64x64:4", "sm80_64x64"])
+def test_weights_and_scales_that_were_written_just_before(kernel, rows, monkeypatch):
+    """As moved models do: the kernel ahead writes what this one reads first."""
+    if kernel:
+        monkeypatch.setenv("MIXDQ_KERNEL", kernel)
     k, n = 640, 640
-    x = torch.randint(-128, 128, (256, k), dtype=torch.int8, device="cuda")
+    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device="cuda")
     weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(2)]
     sums = [product(x, w).float() for w in weights]
     weight, alpha, none = weights[0].clone(), torch.ones(1, n, device="cuda"), torch.zeros(n, device="cuda")
