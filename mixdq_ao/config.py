@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from mixdq_ao import families, legacy
+from mixdq_ao import families, legacy, siblings
 from mixdq_ao.bits import act_width, width
 from mixdq_ao.checkpoint import QuantParams, model_hash
 from mixdq_ao.errors import MixDQError, PlanError, UnsupportedError, name_list
@@ -178,10 +178,12 @@ def quantize_(
 
 
 def finish(model: nn.Module) -> None:
-    """What a quantized model gets, however it came to be: layers that describe themselves, and the integrations."""
+    """What a quantized model gets, however it came to be: layers that describe themselves, knowledge of which layers
+    may share a quantized input, and the integrations."""
     for module in families.layers_of(model).values():
         if isinstance(module.weight, MixDQTensor):
             _describe(module)
+    siblings.mark_shared(model)
     for hook in after_quantize:
         hook(model)
 

@@ -15,12 +15,16 @@ class ModelFamily:
 
     ``content``: a layer is a content layer, judged by SSIM of pictures, if its name contains one of these; the others
     are quality layers, judged by SQNR of the UNet output. ``text_layers``: pattern of the names of layers that see
-    text tokens, the first of which is the BOS token.
+    text tokens, the first of which is the BOS token. ``siblings_in_block`` and ``siblings_in_model``: patterns of the
+    names of linear layers that may read the same tensor, within a block or anywhere in the model; a name too many does
+    no harm.
     """
 
     name: str
     content: tuple[str, ...] = ()
     text_layers: str | None = None
+    siblings_in_block: tuple[str, ...] = (r"(?<=attn1\.)to_[qkv]$",)
+    siblings_in_model: tuple[str, ...] = (r"(^|\.)attn2\.to_[kv]$", r"(^|\.)time_emb_proj$")
 
     def is_content(self, layer: str) -> bool:
         return any(part in layer for part in self.content)
@@ -55,6 +59,25 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
             if not any(part.startswith("lora_") for part in parts):
                 found[".".join(part for part in parts if part != "base_layer")] = module
     return found
+
+
+def siblings_of(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Sets of linear layers that may read the same tensor, by name, each in the order in which they run."""
+    family, sets = family_of(model), {}
+    patterns = [(p, True) for p in family.siblings_in_block] + [(p, False) for p in family.siblings_in_model]
+    for name, layer in sorted(layers_of(model).items(), key=lambda item: _stage(item[0])):
+        for pattern, in_block in patterns:
+            match = re.search(pattern, name)
+            if match and isinstance(layer, nn.Linear):
+                sets.setdefault((pattern, name[: match.start()] if in_block else ""), {})[name] = layer
+    return list(sets.values())
+
+
+def _stage(name: str) -> int:
+    """The middle block runs between the others, but is declared after them."""
+    stages = ("down_blocks", "mid_block", "up_blocks")
+    first = name.partition(".")[0]
+    return stages.index(first) if first in stages else -1
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -47,6 +47,9 @@ class MixDQTensor(TorchAOBaseTensor):
         input_groups: input channels of each group; they add up to ``in``
         shape: of the floating weight
         dtype: of the floating weight; what ``dequantize`` returns
+        act_group: layers that read one tensor and have the same number also have equal ``act_bits``, ``act_scale``,
+            ``act_zero_point`` and ``bos_input``, so that one quantized input serves them all; None promises nothing.
+            Set by ``siblings.mark_shared``
 
     With ``q = clamp(rint(x / act_scale + act_zero_point))`` the layer computes, for group g and channels k of g,
     ``y[n] = sum_g act_scale[g] * scale[g, n] * sum_k (q[k] - act_zero_point[g]) * W[n, k] + bias[n]``
@@ -64,6 +67,7 @@ class MixDQTensor(TorchAOBaseTensor):
         "bos_input",
         "bos_output",
     ]
+    optional_tensor_attribute_names = ["act_group"]
 
     def __new__(
         cls,
@@ -81,6 +85,7 @@ class MixDQTensor(TorchAOBaseTensor):
         weight_sum=None,
         bos_input=None,
         bos_output=None,
+        act_group=None,
         *,
         requires_grad=False,
     ):
@@ -112,6 +117,7 @@ class MixDQTensor(TorchAOBaseTensor):
         weight_sum=None,
         bos_input=None,
         bos_output=None,
+        act_group=None,
         *,
         requires_grad=False,
     ):
@@ -130,6 +136,7 @@ class MixDQTensor(TorchAOBaseTensor):
         self.weight_sum = weight_sum
         self.bos_input = bos_input
         self.bos_output = bos_output
+        self.act_group = act_group
 
     @classmethod
     def from_float(
@@ -279,6 +286,18 @@ class MixDQTensor(TorchAOBaseTensor):
         """What two weights must share for one to be copied into the other."""
         return self.shape, self.bits, self.act_bits, self.input_groups, self.__tensor_flatten__()[0]
 
+    def _stable_hash_for_caching(self) -> str:
+        """For torch's cache of compiled graphs, which hashes this: everything about the tensor but its values."""
+        names, attributes = self.__tensor_flatten__()
+        parts = [(name, getattr(self, name)) for name in names]
+        facts = [(name, t.dtype, tuple(t.shape), t.stride(), str(t.device)) for name, t in parts]
+        return repr((type(self).__name__, facts, sorted(attributes.items())))
+
+    def _shared_values(self) -> tuple:
+        """What layers of one ``act_group`` have in common. Reads values: slow where they are on a GPU."""
+        tensors = (self.act_scale, self.act_zero_point, self.bos_input)
+        return self.act_bits, self.input_groups, *(None if t is None else t.tolist() for t in tensors)
+
     def _with(self, fn, dtype: torch.dtype | None = None, qdata_fn=None) -> "MixDQTensor":
         """A copy with ``fn`` applied to every inner tensor (``qdata_fn`` to the codes) and another logical dtype."""
         tensors = {name: getattr(self, name) for name in self.tensor_data_names + self.optional_tensor_data_names}
@@ -293,6 +312,7 @@ class MixDQTensor(TorchAOBaseTensor):
             input_groups=self.input_groups,
             shape=self.shape,
             dtype=dtype or self.dtype,
+            act_group=self.act_group,
         )
 
     @classmethod
@@ -422,7 +442,7 @@ def _linear(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
         y = torch.ops.mixdq_ao.quantized_linear(
             x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups
         )
-    return y if w.bos_output is None else _with_bos_row(y, x, w)
+    return y if w.bos_output is None else with_bos_row(y, x, w.bos_input, w.bos_output)
 
 
 def _linear_dynamic(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
@@ -435,13 +455,13 @@ def _linear_dynamic(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
     )
 
 
-def _with_bos_row(y: Tensor, x: Tensor, w: MixDQTensor) -> Tensor:
+def with_bos_row(y: Tensor, x: Tensor, bos_input: Tensor | None, bos_output: Tensor) -> Tensor:
     """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``. A 2-D input is one sample."""
     if x.dim() < 2 or x.shape[-2] == 0:
         return y
-    first = w.bos_output.to(y.dtype).expand_as(y[..., 0, :])
-    if w.bos_input is not None:
-        bos = w.bos_input.float()
+    first = bos_output.to(y.dtype).expand_as(y[..., 0, :])
+    if bos_input is not None:
+        bos = bos_input.float()
         distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
         first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
     y[..., 0, :] = first
@@ -457,8 +477,7 @@ def _conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tenso
     channels, kernel = sum(w.input_groups), w.qdata.shape[2:]
     if x.dim() != 4 or x.shape[1] != channels:
         raise MixDQError(f"F.conv2d: the input must be [batch, {channels}, height, width]; found shape {list(x.shape)}")
-    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    pad = _pad(padding, kernel, stride, dilation)
+    stride, dilation, pad = conv_geometry(kernel, stride, padding, dilation)
     height, width = x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1]
     if height <= dilation[0] * (kernel[0] - 1) or width <= dilation[1] * (kernel[1] - 1):
         raise MixDQError(
@@ -527,6 +546,12 @@ def _checked_operands(x, w, bias: Tensor | None, dim: int, op: str) -> Tensor | 
     if bias.numel() != qdata.shape[0]:
         raise MixDQError(f"{op}: the bias must have {qdata.shape[0]} values; found shape {list(bias.shape)}")
     return bias
+
+
+def conv_geometry(kernel, stride, padding, dilation) -> tuple:
+    """What ``F.conv2d`` takes, in one form: stride and dilation as pairs, padding as left, right, top, bottom."""
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    return stride, dilation, _pad(padding, kernel, stride, dilation)
 
 
 def _pair(value, name: str, least: int) -> tuple[int, int]:
@@ -686,6 +711,10 @@ def _(func, types, args, kwargs):
         )
     if target._quantization() != source._quantization():
         raise MixDQError(f"copy_() needs equal quantization; found {target!r} and {source!r}")
+    # Other layers share this one's quantizer only as long as its values are theirs.
+    before = None if target.act_group is None else target._shared_values()
     for name in target.__tensor_flatten__()[0]:
         getattr(target, name).copy_(getattr(source, name), *args[2:], **kwargs)
+    if before is not None and before != target._shared_values():
+        target.act_group = None
     return target

@@ -27,12 +27,15 @@ files
 plan
 checkpoint
 legacy families
+siblings
+passes
 config
 model_file
 summary
 integrations._imports
 integrations.diffusers integrations.peft integrations.torchao
 integrations
+compiling
 <method>
 report
 auto demo doctor

@@ -57,7 +57,7 @@ def test_the_docstring_names_exactly_the_declared_fields():
     sections = re.split(r"\n    (?:Tensor|Non-tensor) attributes:\n", MixDQTensor.__doc__)
     tensors, attributes = [re.findall(r"^        (\w+):", s, re.MULTILINE) for s in sections[1:]]
     assert tensors == MixDQTensor.tensor_data_names + MixDQTensor.optional_tensor_data_names
-    assert attributes == MixDQTensor.tensor_attribute_names
+    assert attributes == MixDQTensor.tensor_attribute_names + MixDQTensor.optional_tensor_attribute_names
 
 
 @given(
