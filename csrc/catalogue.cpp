@@ -27,6 +27,7 @@ const char* misaligned(const Matmul& p, bool weights_as_stored) {
   for (int i = 0; weights_as_stored && i < p.weight_count; ++i) {
     if (reinterpret_cast<uintptr_t>(p.weights[i].data) % 16) return "a weight does not start on a multiple of 16 bytes";
   }
+  if (weights_as_stored && p.pitch() % 16) return "the taps of a weight are no multiple of 16 bytes apart";
   return nullptr;
 }
 
@@ -210,7 +211,7 @@ std::string Matmul::str() const {
   auto by = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
   std::string columns;
   for (int i = 0; i < weight_count; ++i) columns += (i ? "+" : "") + std::to_string(weights[i].n);
-  std::string text = "[m " + std::to_string(m()) + ", n " + columns + ", k " + by(taps(), x.channels) + "], int" +
+  std::string text = "m " + std::to_string(m()) + ", n " + columns + ", k " + by(taps(), x.channels) + ", int" +
                      std::to_string(bits) + " weights, " + (row_scale ? "dynamic" : "static") + ", to " +
                      name_of(out_type) + " every " + std::to_string(out_stride);
   if (residual) text += std::string(", residual ") + name_of(residual_type);

@@ -48,6 +48,7 @@ struct Matmul {
   int bits = 8;  // of the weights: 8, 4 or 2
   Weight weights[kMaxWeights];
   int weight_count = 1;
+  int64_t weight_pitch = 0;  // bytes from one tap of a weight to the next where other channels lie between; 0: none do
   const float* row_scale = nullptr;       // not null: dynamic
   const float* row_zero_point = nullptr;  // whole numbers
   int64_t row_stride = 1;                 // of both, in elements
@@ -68,6 +69,7 @@ struct Matmul {
   int k() const { return taps() * x.channels; }
   // Bytes of a weight for one tap: the stored form packs the channels of each tap on their own.
   int packed_channels() const { return (x.channels * bits + 7) / 8; }
+  int64_t pitch() const { return weight_pitch ? weight_pitch : packed_channels(); }
   // Rows at equal distances, with nothing left out: what needs no window arithmetic.
   bool is_rows() const {
     bool dense_h = x.height == 1 || x.stride_h == x.stride_w * x.width;

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
   for (int c = 0; c < C::kChannels; ++c) {
     int64_t n = min(columns.n + c, weight.n - 1);
-    source[c] = static_cast<const uint4*>(weight.data) + n * units;
+    source[c] = static_cast<const uint4*>(weight.data) + n * (p.weight_pitch / 16);
   }
   auto load = [&](int c, int unit) { return unit < units ? __ldg(source[c] + unit) : uint4{}; };
 
@@ -175,7 +175,9 @@ cudaError_t run(const Matmul& p, const Stream& on) {
   int64_t blocks = ceil_div(column_tiles(p, C::kChannels), kWarps);
   if (blocks == 0) return cudaSuccess;
   Grid grid = {dim3(unsigned(blocks)), dim3(kThreads), C::kSharedBytes};
-  return launch(rows_kernel<Bits, Rows>, grid, on, p, int(p.m()));
+  Matmul given = p;
+  given.weight_pitch = p.pitch();
+  return launch(rows_kernel<Bits, Rows>, grid, on, given, int(p.m()));
 }
 
 template <int Bits>

@@ -475,13 +475,33 @@ void unpack_weights(Call& call, Matmul& p) {
   p.bits = 8;
 }
 
+// For the kernels that read weights without gaps between the taps: copies of them.
+void close_gaps(Call& call, Matmul& p) {
+  const int64_t width = p.packed_channels();
+  for (int i = 0; i < p.weight_count; ++i) {
+    Weight& w = p.weights[i];
+    const int64_t taps = int64_t(w.n) * p.taps();
+    void* dense = call.scratch(taps * width);
+    call.check(cudaMemcpy2DAsync(dense, width, w.data, p.pitch(), width, taps, cudaMemcpyDeviceToDevice,
+                                 call.on().stream),
+               "copying a part of the weight");
+    w.data = dense;
+  }
+  p.weight_pitch = 0;
+}
+
 // Kernels load weights before the one ahead of them has ended. That is wrong for weights which that one writes, so there
 // the kernel is launched the ordinary way: fresh_weights.
 void run(Call& call, Matmul p, bool fresh_weights) {
   Stream on = call.on();
   Choice choice = select(p, on.arch, on.sm_count);
   const Kernel& kernel = catalogue()[choice.kernel];
-  if (p.bits != 8 && !kernel.packed) {
+  bool unpacks = p.bits != 8 && !kernel.packed;
+  if (p.pitch() != p.packed_channels() && (unpacks || std::strcmp(kernel.name, "direct") == 0)) {
+    close_gaps(call, p);
+    fresh_weights = true;
+  }
+  if (unpacks) {
     unpack_weights(call, p);
     fresh_weights = true;
   }
@@ -496,8 +516,8 @@ void run(Call& call, Matmul p, bool fresh_weights) {
 
 // Each group of input channels has scales of its own: its product is added to the float32 sum of those before it, and the
 // last one adds the offset and rounds. The weights' alpha, weight_sum and the rows' scales are [groups, ...].
-void run_groups(Call& call, const Matmul& whole, const Ints& groups) {
-  const int64_t m = whole.m(), n = whole.n(), taps = whole.taps();
+void run_groups(Call& call, const Matmul& whole, const Ints& groups, bool fresh_weights) {
+  const int64_t m = whole.m(), n = whole.n();
   int64_t stored = 0;
   for (int64_t g : groups) stored += packed_size(g, whole.bits);
   // Two sums take turns, since a kernel may not write what it reads.
@@ -505,8 +525,8 @@ void run_groups(Call& call, const Matmul& whole, const Ints& groups) {
   int64_t channel = 0, stored_channel = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     bool last = g + 1 == groups.size();
-    int64_t width = packed_size(groups[g], whole.bits);
     Matmul p = whole;
+    p.weight_pitch = stored;
     p.x.data += channel;
     p.x.channels = int(groups[g]);
     if (p.row_scale) p.row_scale += g, p.row_zero_point += g;
@@ -514,19 +534,14 @@ void run_groups(Call& call, const Matmul& whole, const Ints& groups) {
     if (!last) p.out = sums[g % 2], p.out_type = Float::f32, p.out_stride = n;
     for (int i = 0; i < p.weight_count; ++i) {
       Weight& w = p.weights[i];
-      void* part = call.scratch(w.n * taps * width);
-      const auto* from = static_cast<const char*>(w.data) + stored_channel;
-      call.check(cudaMemcpy2DAsync(part, width, from, stored, width, w.n * taps, cudaMemcpyDeviceToDevice,
-                                   call.on().stream),
-                 "copying a group of the weight");
-      w.data = part;
+      w.data = static_cast<const char*>(w.data) + stored_channel;
       w.alpha += g * w.n;
       if (w.weight_sum) w.weight_sum += g * w.n;
       if (!last) w.beta = nullptr, w.bias = nullptr;
     }
-    run(call, p, true);
+    run(call, p, fresh_weights);
     channel += groups[g];
-    stored_channel += width;
+    stored_channel += packed_size(groups[g], whole.bits);
   }
 }
 
@@ -535,7 +550,7 @@ void multiply(Call& call, const Matmul& p, const Ints& groups) {
   if (groups.size() == 1) {
     run(call, p, call.copied_weight());
   } else {
-    run_groups(call, p, groups);
+    run_groups(call, p, groups, call.copied_weight());
   }
 }
 
@@ -545,40 +560,54 @@ void set_out(Matmul& p, const View& out, Float type, int64_t columns) {
   p.out_stride = columns;
 }
 
-// A linear layer's residual [..., n].
-void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out) {
-  if (!residual) return;
-  View v = call.look(*residual, "residual");
+// Kernels add residuals of the output's dtype or float32; the partial sums of several groups are float32.
+Tensor readable_residual(const Call& call, const Matmul& p, const Tensor& residual, const Ints& groups) {
+  int32_t dtype = call.look(residual, "residual").dtype;
+  Float type = call.float_type(dtype, "residual");
+  if (type == Float::f32 || (type == p.out_type && groups.size() == 1)) return residual;
+  return torch::stable::to(residual, ScalarType::Float);
+}
+
+void set_residual(const Call& call, Matmul& p, const View& v, int64_t stride) {
+  p.residual = v.data;
+  p.residual_type = call.float_type(v.dtype, "residual");
+  p.residual_stride = stride;
+}
+
+void check_residual(const Call& call, const View& v, const View& out) {
   bool same = v.dims == out.dims;
   for (int64_t i = 0; same && i < v.dims; ++i) same = v.size[i] == out.size[i];
   STD_TORCH_CHECK(same, call.op(), ": residual must have the shape of the output");
+}
+
+// A linear layer's residual [..., n].
+void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups) {
+  if (!residual) return;
+  Tensor t = readable_residual(call, p, *residual, groups);
+  View v = call.keep(t, "residual");
+  check_residual(call, v, out);
   Rows rows = merged_rows(v);
   if (!rows.equally_spaced() || rows.channel_stride != 1) {
-    v = call.keep(torch::stable::contiguous(*residual), "residual");
+    v = call.keep(torch::stable::contiguous(t), "residual");
     rows = merged_rows(v);
   }
-  p.residual = v.data;
-  p.residual_type = call.float_type(v.dtype, "residual");
-  p.residual_stride = rows.stride[2];
+  set_residual(call, p, v, rows.stride[2]);
 }
 
 // A convolution's residual [batch, n, height, width].
-void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out) {
+void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups) {
   if (!residual) return;
-  View v = call.look(*residual, "residual");
-  bool same = v.dims == 4;
-  for (int64_t i = 0; same && i < 4; ++i) same = v.size[i] == out.size[i];
-  STD_TORCH_CHECK(same, call.op(), ": residual must have the shape of the output");
+  Tensor t = readable_residual(call, p, *residual, groups);
+  View v = call.keep(t, "residual");
+  check_residual(call, v, out);
   int64_t stride[3];
   pixel_strides(v, stride);
   bool spaced = stride[1] == stride[2] * v.size[3] && stride[0] == stride[1] * v.size[2];
   if (!channels_last(v, stride) || !spaced) {
-    v = call.keep(torch::stable::contiguous(*residual, MemoryFormat::ChannelsLast), "residual");
+    v = call.keep(torch::stable::contiguous(t, MemoryFormat::ChannelsLast), "residual");
     pixel_strides(v, stride);
   }
-  p.residual = v.data;
-  p.residual_type = call.float_type(v.dtype, "residual");
-  p.residual_stride = stride[2];
+  set_residual(call, p, v, stride[2]);
 }
 
 Matmul row_problem(const Image& x, int64_t bits) {
@@ -708,7 +737,7 @@ Tensor linear_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
   Tensor out = call.empty_rows(view, p.n(), dtype_of(type));
   View v = call.look(out, "the output");
   set_out(p, v, type, p.n());
-  add_row_residual(call, p, residual, v);
+  add_row_residual(call, p, residual, v, groups);
   multiply(call, p, groups);
   return out;
 }
@@ -794,7 +823,7 @@ Tensor convolve(Call& call, Matmul& p, const Ints& groups, Float type, const Opt
   Tensor out = call.empty_image(p.x.batch, p.n(), p.out_h, p.out_w, dtype_of(type));
   View v = call.look(out, "the output");
   set_out(p, v, type, p.n());
-  add_image_residual(call, p, residual, v);
+  add_image_residual(call, p, residual, v, groups);
   multiply(call, p, groups);
   return out;
 }

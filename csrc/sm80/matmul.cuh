@@ -212,13 +212,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   int channels = p.x.channels, taps = window.r * window.s;
   int steps = taps * ((channels + kTileK - 1) / kTileK);
   int64_t tap_w = window.dilation_w * p.x.stride_w, tap_h = window.dilation_h * p.x.stride_h;
-  Walk walk_x(channels, window.s, tap_w, tap_h - window.s * tap_w), walk_w(channels, window.s, channels, 0);
+  Walk walk_x(channels, window.s, tap_w, tap_h - window.s * tap_w), walk_w(channels, window.s, p.weight_pitch, 0);
 
   TileCopy<C::kTileN, C::kThreads> copy_w;
 #pragma unroll
   for (int i = 0; i < copy_w.kCopies; ++i) {
     int64_t n = min(columns.n + copy_w.row(i), weight.n - 1);
-    copy_w.source[i] = static_cast<const int8_t*>(weight.data) + n * taps * channels + copy_w.piece() * 16;
+    copy_w.source[i] = static_cast<const int8_t*>(weight.data) + n * taps * p.weight_pitch + copy_w.piece() * 16;
   }
   TileCopy<C::kTileM, C::kThreads> copy_x;
 #pragma unroll
@@ -304,7 +304,9 @@ cudaError_t run(const Matmul& p, int splits, const Stream& on) {
     asked |= bit;
   }
   Grid grid = {dim3(unsigned(tiles_m * tiles_n)), dim3(C::kThreads), C::kSharedBytes};
-  return launch(multiply<C>, grid, on, p, m, int(tiles_m), int(tiles_n));
+  Matmul given = p;
+  given.weight_pitch = p.pitch();
+  return launch(multiply<C>, grid, on, given, m, int(tiles_m), int(tiles_n));
 }
 
 }  // namespace mixdq::sm80

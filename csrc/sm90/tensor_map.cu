@@ -43,9 +43,9 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
 CUresult weight_map(const Matmul& p, const Weight& weight, int tile_n, CUtensorMap* map) {
   static const auto tiled = PFN_cuTensorMapEncodeTiled_v12000(driver_function("cuTensorMapEncodeTiled"));
   if (!tiled) return CUDA_ERROR_NOT_SUPPORTED;
-  cuuint64_t packed = p.packed_channels(), taps = p.taps();
+  cuuint64_t packed = p.packed_channels(), pitch = p.pitch(), taps = p.taps();
   cuuint64_t size[3] = {packed, taps, cuuint64_t(weight.n)};
-  cuuint64_t stride[2] = {packed, packed * taps};
+  cuuint64_t stride[2] = {pitch, pitch * taps};
   cuuint32_t box[3] = {cuuint32_t(kTileK * p.bits / 8), 1, cuuint32_t(tile_n)}, step[3] = {1, 1, 1};
   // Packed codes are spread by ordinary loads, which want plain rows.
   CUtensorMapSwizzle swizzle = p.bits == 8 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
