@@ -103,11 +103,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Why a kernel cannot do that problem, or an empty string.", py::arg("kernel"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("taps") = 1, py::arg("bits") = 8, py::arg("arch") = 90);
-  m.def(
-      "describe",
-      [](int64_t rows, int n, int k, int taps, int bits) { return problem(rows, n, k, taps, bits).str(); },
-      "The problem as errors print it.", py::arg("m"), py::arg("n"), py::arg("k"), py::arg("taps") = 1,
-      py::arg("bits") = 8);
   m.def("tuning_table", &tuning_table, "The measured shapes.");
   m.def(
       "nearest",

@@ -4,6 +4,7 @@ import json as jsonlib
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -98,8 +99,6 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show what a file holds: per layer bits and bytes, and totals."""
-    from dataclasses import asdict
-
     from mixdq_ao.model_file import describe
     from mixdq_ao.summary import file_table
 
@@ -465,10 +464,26 @@ def _print_evaluation(result) -> None:
 
 
 @app.command()
-def doctor(json: JsonOption = False) -> None:
-    """Say what this machine can run, and why not more."""
+def doctor(
+    layer: Annotated[
+        str, typer.Option(help="M,N,K[,TAPS]: which kernel runs a layer of m rows, n outputs and k = channels x taps.")
+    ] = "",
+    bits: Annotated[int, typer.Option(help="With --layer: bits of its weight, 8, 4 or 2.")] = 8,
+    arch: Annotated[
+        int | None, typer.Option(help="With --layer: 80, 86, 89 or 90. [default: this machine's GPU, or 90]")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what this machine can run, and why not more; with --layer, which CUDA kernel runs a layer of that size."""
     from mixdq_ao import doctor as library
 
+    if layer:
+        found = library.layer_kernels(*library.parse_layer(layer), bits=bits, arch=arch)
+        if json:
+            print(jsonlib.dumps(asdict(found), indent=1))
+        else:
+            _print_table(f"{found.problem}, on sm_{found.arch}", ("kernel", ""), library.layer_table(found))
+        return
     findings = library.examine()
     if json:
         print(jsonlib.dumps(library.as_json(findings), indent=1))

@@ -8,6 +8,7 @@ import torch
 
 from mixdq_ao import ops
 from mixdq_ao._version import __version__
+from mixdq_ao.errors import MixDQError
 
 LIBRARIES = ("torch", "torchao", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -26,7 +27,7 @@ def examine() -> list[Finding]:
     findings = [Finding("mixdq_ao", __version__), Finding("Python", platform.python_version())]
     findings += [Finding(name, *_version(name)) for name in LIBRARIES]
     findings += _devices()
-    findings.append(_kernels())
+    findings += [_kernels(), _build()]
     findings.append(_int8_is_exact())
     return findings
 
@@ -58,6 +59,26 @@ def _kernels() -> Finding:
     return Finding("kernels", "mixdq_ao CUDA")
 
 
+def _catalogue():
+    """The compiled catalogue of kernels, or None where it was not built."""
+    try:
+        from mixdq_ao import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _build() -> Finding:
+    native = _catalogue()
+    if native is None:
+        # Nothing is lost where there is no GPU.
+        return Finding("kernels built", "none", ok=not torch.cuda.is_available())
+    facts = native.facts()
+    archs = ", ".join(f"sm_{arch.replace('+', ' and ')}" for arch in facts["archs"].split(";"))
+    counts = f"{len(native.kernels())} kernels, {len(native.tuning_table())} measured sizes"
+    return Finding("kernels built", f"for {archs}; CUTLASS {facts['cutlass']}, nvcc {facts['nvcc']}; {counts}")
+
+
 def _int8_is_exact() -> Finding:
     """Old CPUs saturate sums of int8 products in 16 bits; extreme codes show it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +87,70 @@ def _int8_is_exact() -> Finding:
     found = ops.int_matmul(a.to(device, torch.int8), b.to(device, torch.int8)).cpu()
     exact = torch.equal(found.long(), a @ b.t())
     return Finding("int8 products", f"{'exact' if exact else 'NOT exact: results will be wrong'} on {device}", exact)
+
+
+# --- which kernel runs a layer ----------------------------------------------------------------------------------------
+
+# Multiprocessors of the largest GPU of each architecture, for those that are not here.
+SM_COUNTS = {80: 108, 86: 84, 89: 128, 90: 132}
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """The kernel that is chosen for a problem, and for every kernel why it cannot do it, or an empty string."""
+
+    problem: str
+    arch: int
+    kernel: str
+    splits: int
+    tuned: bool
+    reasons: dict[str, str]
+
+
+def layer_kernels(m: int, n: int, k: int, taps: int = 1, bits: int = 8, arch: int | None = None) -> LayerKernels:
+    """Which kernel multiplies ``[m, k]`` by ``[n, k]`` with weights of ``bits`` bits; needs no GPU.
+
+    ``k`` is the whole reduction: input channels times ``taps``, the positions of a convolution's window. ``arch`` is 90
+    for sm_90; without it, that of this machine's GPU, or 90.
+    """
+    native = _catalogue()
+    if native is None:
+        raise MixDQError(
+            "the catalogue of kernels was not built with this installation. The README's 'Install with CUDA kernels' "
+            "tells how"
+        )
+    sm_count = SM_COUNTS.get(arch or 90, SM_COUNTS[90])
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if arch in (None, 10 * p.major + p.minor):
+            arch, sm_count = 10 * p.major + p.minor, p.multi_processor_count
+    size = {"m": m, "n": n, "k": k, "taps": taps, "bits": bits}
+    arch = arch or 90
+    try:
+        choice = native.select(**size, arch=arch, sm_count=sm_count)
+        reasons = {kernel.name: native.why_not(kernel.name, **size, arch=arch) for kernel in native.kernels()}
+    except ValueError as error:
+        raise MixDQError(str(error)) from None
+    problem = f"m {m}, n {n}, k {k}" + (f" in {taps} taps" if taps > 1 else "") + f", {bits}-bit weight"
+    return LayerKernels(problem, arch, choice.kernel, choice.splits, choice.tuned, reasons)
+
+
+def parse_layer(text: str) -> tuple[int, ...]:
+    """``"M,N,K"`` or ``"M,N,K,TAPS"`` to numbers."""
+    parts = text.split(",")
+    if len(parts) not in (3, 4) or not all(p.strip().isdecimal() for p in parts):
+        raise MixDQError(
+            f"--layer must be M,N,K or M,N,K,TAPS: rows (or output pixels), output channels, input channels times "
+            f"taps, taps of the window; found {text!r}"
+        )
+    return tuple(int(p) for p in parts)
+
+
+def layer_table(found: LayerKernels) -> list[tuple[str, str]]:
+    """A row for each kernel: its name, and what speaks for or against it."""
+    split = f", {found.splits} parts of the reduction" if found.splits > 1 else ""
+    chosen = f"runs, {'measured' if found.tuned else 'by rule'}{split}"
+    return [(name, chosen if name == found.kernel else why or "could") for name, why in found.reasons.items()]
 
 
 def as_json(findings: list[Finding]) -> list[dict]:

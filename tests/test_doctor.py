@@ -1,8 +1,11 @@
 """What ``mixdq-ao doctor`` finds."""
 
+import pytest
 import torch
+from expecttest import assert_expected_inline
 
 from mixdq_ao import doctor, ops
+from mixdq_ao.errors import MixDQError
 
 
 def by_name() -> dict[str, doctor.Finding]:
@@ -32,3 +35,36 @@ def test_inexact_products_are_reported(monkeypatch):
 def test_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "surely-not-installed"))
     assert by_name()["surely-not-installed"] == doctor.Finding("surely-not-installed", "not installed", ok=False)
+
+
+@pytest.mark.skipif(doctor._catalogue() is None, reason="mixdq_ao._C was not built")
+def test_which_kernel_runs_a_layer():
+    found = doctor.layer_kernels(*doctor.parse_layer("4096,640,8"), arch=80)
+    rows = [f"{name}: {what}" for name, what in doctor.layer_table(found) if not name.startswith("sm90")]
+    assert_expected_inline(
+        "\n".join([f"{found.problem}, on sm_{found.arch}", *rows]),
+        """\
+m 4096, n 640, k 8, 8-bit weight, on sm_80
+sm80_128x128: needs a multiple of 16 input channels; found 8
+sm80_128x64: needs a multiple of 16 input channels; found 8
+sm80_64x64: needs a multiple of 16 input channels; found 8
+sm80_64x16: needs a multiple of 16 input channels; found 8
+few_rows: takes up to 16 rows; found 4096
+direct: runs, by rule""",
+    )
+    with pytest.raises(MixDQError, match="k a multiple of taps"):
+        doctor.layer_kernels(1, 1, 10, taps=3)
+
+
+def test_a_layer_without_the_catalogue(monkeypatch):
+    monkeypatch.setattr(doctor, "_catalogue", lambda: None)
+    with pytest.raises(MixDQError, match="Install with CUDA kernels"):
+        doctor.layer_kernels(4096, 640, 640)
+    assert by_name()["kernels built"].value == "none"
+
+
+def test_a_layer_is_three_or_four_numbers():
+    assert doctor.parse_layer("1, 2,3,4") == (1, 2, 3, 4)
+    for wrong in ("1,2", "1,2,3,4,5", "1,2,x", "1,-2,3"):
+        with pytest.raises(MixDQError, match="--layer must be M,N,K"):
+            doctor.parse_layer(wrong)
