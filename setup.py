@@ -91,7 +91,7 @@ def why_no_kernels(environ, nvcc: str | None, torch: Path | None) -> str:
         why = "nvcc was not found; set CUDA_HOME or put the CUDA toolkit's bin folder on PATH"
     elif torch is None:
         why = (
-            "torch is not there while building. Install torch>=2.11, setuptools and pybind11 first, then run "
+            "torch is not there while building. Install torch>=2.11, setuptools>=77 and pybind11 first, then run "
             "pip install --no-build-isolation"
         )
     else:
@@ -278,7 +278,8 @@ def host_extension(tools: Toolchain) -> list[Extension]:
             sources=["csrc/host.cpp", "csrc/catalogue.cpp"],
             include_dirs=[str(CSRC), str(pybind / "include")],
             define_macros=list(tools.facts().items()),
-            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
+            extra_link_args=["-s"],
             language="c++",
         )
     ]
