@@ -65,25 +65,26 @@ def _merge_key(layer: nn.Module) -> tuple:
 def _pack(layers: list[nn.Module]) -> bool:
     weights = [layer.weight for layer in layers]
     moved = False
-    for name, dim in (("qdata", 0), ("alpha", 1), ("beta", 0)):
-        slices = _adjacent([getattr(weight, name) for weight in weights], dim)
+    for name in ("qdata", "alpha", "beta"):
+        slices = _adjacent([getattr(weight, name) for weight in weights])
         for weight, part in zip(weights, slices, strict=True):
             moved |= part is not getattr(weight, name)
             setattr(weight, name, part)
     if layers[0].bias is not None:
-        for layer, part in zip(layers, _adjacent([layer.bias.data for layer in layers], 0), strict=True):
+        for layer, part in zip(layers, _adjacent([layer.bias.data for layer in layers]), strict=True):
             layer.bias.data = part
     return moved
 
 
-def _adjacent(tensors: list[Tensor], dim: int) -> list[Tensor]:
+def _adjacent(tensors: list[Tensor]) -> list[Tensor]:
     """The same values as slices of one new tensor, or the tensors themselves if nothing is to be done."""
     sizes = [t.nbytes for t in tensors]
     follow = all(
         a.data_ptr() + size == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         for a, b, size in zip(tensors, tensors[1:], sizes, strict=False)
     )
-    fits = all(size % _ALIGNMENT == 0 for size in sizes) and len({t.dtype for t in tensors}) == 1
-    if len(tensors) < 2 or follow or not fits:
+    fits = all(t.is_contiguous() and size % _ALIGNMENT == 0 for t, size in zip(tensors, sizes, strict=True))
+    if len(tensors) < 2 or follow or not fits or len({t.dtype for t in tensors}) > 1:
         return tensors
-    return list(torch.cat(tensors, dim).split([t.shape[dim] for t in tensors], dim))
+    parts = torch.cat([t.flatten() for t in tensors]).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -1,0 +1,481 @@
+"""Rewrites of the graph that Dynamo captures, so that a quantized UNet runs in few launches.
+
+At this level a quantized layer is one call, ``linear(x, weight, bias)``, whose weight is known to be a ``MixDQTensor``,
+and norms, GEGLU and attention are single calls as well. Each layer is split into a quantizer and a product; then equal
+quantizers become one, products of one input become one, and quantizers join the norm or GEGLU before them. What is put
+into the graph are the functions of the next section: AOTAutograd traces through them and leaves our operators.
+"""
+
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mixdq_ao import ops, tensor
+from mixdq_ao.siblings import MAX_MERGED
+from mixdq_ao.tensor import MixDQTensor
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Which rewrites to make, in the order in which they are made.
+
+    Args:
+        no_ops: remove dropout of nothing, division by 1 and casts to the same dtype, which hide what follows; compute
+            the SiLU of one tensor once
+        share: quantize once for layers that read the same tensor with equal activation parameters
+        merge: one product for such layers: Q, K and V of self-attention, K and V of the text over all blocks, time
+            embeddings
+        residual: add a residual in the product's epilogue
+        layer_norm, geglu, group_norm: quantize in the operator that computes the layer's input; GroupNorm with the
+            SiLU and the reordering of pixels to tokens that may follow
+        opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with
+        max_merged: as many layers in one product at most
+    """
+
+    no_ops: bool = True
+    share: bool = True
+    merge: bool = True
+    residual: bool = True
+    layer_norm: bool = True
+    geglu: bool = True
+    group_norm: bool = True
+    opaque: bool = True
+    max_merged: int = MAX_MERGED
+
+    @classmethod
+    def none(cls) -> "Passes":
+        """No rewrite at all; ``dataclasses.replace`` then switches on what is to be measured alone."""
+        return cls(**{f.name: False for f in fields(cls) if f.type is bool})
+
+
+# --- what rewritten graphs call ---------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, w: MixDQTensor, pad=None) -> Tensor:
+    return torch.ops.mixdq_ao.quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, pad)
+
+
+def quantize_traced(x: Tensor, w: MixDQTensor, pad=None) -> Tensor:
+    return ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, pad)
+
+
+def layer_norm_quantize(x: Tensor, w: MixDQTensor, weight, bias, eps: float) -> Tensor:
+    return torch.ops.mixdq_ao.layer_norm_quantize(
+        x, weight, bias, eps, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups
+    )
+
+
+def geglu_quantize(x: Tensor, w: MixDQTensor) -> Tensor:
+    return torch.ops.mixdq_ao.geglu_quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+
+
+def group_norm_quantize(x: Tensor, w: MixDQTensor, num_groups: int, weight, bias, eps: float, silu: bool, pad):
+    return torch.ops.mixdq_ao.group_norm_quantize(
+        x, num_groups, weight, bias, eps, silu, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, pad
+    )
+
+
+def linear(xq: Tensor, w: MixDQTensor, bias, dtype, text=None, residual=None) -> Tensor:
+    """``text`` is the floating input of a layer with a BOS output."""
+    y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, dtype, residual)
+    return y if text is None else tensor.with_bos_row(y, text, w.bos_input, w.bos_output)
+
+
+def linear_multi(xq: Tensor, ws: list[MixDQTensor], biases: list, dtype, text=None) -> tuple[Tensor, ...]:
+    y = torch.ops.mixdq_ao.linear_int8_multi(
+        xq,
+        [w.qdata for w in ws],
+        [w.alpha for w in ws],
+        [w.beta for w in ws],
+        biases,
+        [w.bits for w in ws],
+        ws[0].input_groups,
+        dtype,
+    )
+    if text is not None:
+        y = tensor.with_bos_row(y, text, ws[0].bos_input, torch.cat([w.bos_output for w in ws]))
+    return y.split([w.qdata.shape[0] for w in ws], dim=-1)
+
+
+def conv2d(xq: Tensor, w: MixDQTensor, bias, dtype, stride, dilation, residual=None) -> Tensor:
+    """``xq`` is padded."""
+    return torch.ops.mixdq_ao.conv2d_int8(
+        xq, w.qdata, w.alpha, w.beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, dtype, residual
+    )
+
+
+FUNCTIONS = (
+    quantize,
+    quantize_traced,
+    layer_norm_quantize,
+    geglu_quantize,
+    group_norm_quantize,
+    linear,
+    linear_multi,
+    conv2d,
+)
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+class FuseQuantizers(CustomGraphPass):
+    """For ``pre_grad_custom_pass``. ``hits`` counts what the last graph got; graphs from a cache are not seen here."""
+
+    def __init__(self, passes: Passes | None = None):
+        self.passes = passes or Passes()
+        self.hits: Counter[str] = Counter()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.hits = Counter()
+        for name, rewrite in REWRITES.items():
+            if getattr(self.passes, name, True):
+                self.hits[name] = rewrite(graph, self.passes)
+                graph.eliminate_dead_code()  # what is left counts as a reader of its inputs
+        graph.lint()
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__, tensor.__file__, ops.__file__), extra=repr(self.passes))
+
+
+def no_ops(graph: fx.Graph, passes: Passes) -> int:
+    hits, silus = 0, {}
+    for node in graph.nodes:
+        same = _does_nothing(node)
+        if same is None and node.target is F.silu and not _has(node, "inplace", 1):
+            same = silus.setdefault(node.args[0], node)
+        if same is not None and same is not node:
+            hits += 1
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    return hits
+
+
+def _does_nothing(node: fx.Node) -> fx.Node | None:
+    """The input of a node that returns it as it is."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    x = node.args[0]
+    if node.target is F.dropout:
+        nothing = _has(node, "p", 1, 0.5) == 0 or not _has(node, "training", 2, True)
+    elif node.target is operator.truediv:
+        nothing = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and _dtype(x) == _dtype(node)
+    elif (node.op, node.target) == ("call_method", "to"):
+        a, b = _value(x), _value(node)
+        plain = not {"copy", "memory_format"} & node.kwargs.keys() and len(node.args) == 2 - bool(node.kwargs)
+        nothing = plain and b is not None and (a.dtype, a.device) == (b.dtype, b.device)
+    else:
+        return None
+    return x if nothing else None
+
+
+def split_layers(graph: fx.Graph, passes: Passes) -> int:
+    """Every layer with static activations becomes a quantizer and a product."""
+    hits = 0
+    for node in list(graph.nodes):
+        layer = _layer(node)
+        if layer is not None:
+            hits += 1
+            x, w, pad, product, args = layer
+            with graph.inserting_before(node):
+                xq = graph.call_function(quantize_traced, (x, w, pad))
+                y = graph.call_function(product, (xq, *args))
+            _replace(node, y)
+    return hits
+
+
+def _layer(node: fx.Node):
+    """Input, weight, padding, and what multiplies with which arguments, if the node is a layer of ours."""
+    if node.op != "call_function" or node.target not in (F.linear, F.conv2d):
+        return None
+    is_linear = node.target is F.linear
+    x, w, bias, *options = (_bind_linear if is_linear else _bind_conv)(*node.args, **node.kwargs)
+    weight, value = _value(w), _value(x)
+    if not isinstance(weight, MixDQTensor) or weight.activation != "static" or isinstance(value, MixDQTensor):
+        return None
+    if weight.dim() != (2 if is_linear else 4) or value.shape[-1 if is_linear else 1] != weight.shape[1]:
+        return None  # which raises an error that names both
+    if is_linear:
+        return x, w, None, linear, (w, bias, value.dtype, None if weight.bos_output is None else x)
+    stride, padding, dilation, groups = options
+    if value.dim() != 4 or groups != 1:
+        return None
+    stride, dilation, pad = tensor.conv_geometry(weight.shape[2:], stride, padding, dilation)
+    return x, w, pad, conv2d, (w, bias, value.dtype, stride, dilation)
+
+
+def _bind_linear(input, weight, bias=None):
+    return input, weight, bias
+
+
+def _bind_conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return input, weight, bias, stride, padding, dilation, groups
+
+
+def share(graph: fx.Graph, passes: Passes) -> int:
+    hits, first = 0, {}
+    for node in _calls(graph, quantize_traced):
+        x, w, pad = node.args
+        weight = _value(w)
+        if weight.act_group is not None:
+            key = x, pad, weight.act_group, weight.act_bits, tuple(weight.input_groups)
+            if first.setdefault(key, node) is not node:
+                hits += 1
+                _replace(node, first[key])
+    return hits
+
+
+def merge(graph: fx.Graph, passes: Passes) -> int:
+    """Linears of one quantized input. Weights are inputs of the graph, so the product can stand at the first linear."""
+    groups = defaultdict(list)
+    for node in _calls(graph, linear):
+        xq, w, bias, dtype, text = node.args
+        if _is_input(w) and (bias is None or _is_input(bias)):
+            groups[xq, _value(w).bits, bias is None, dtype, text].append(node)
+    hits = 0
+    for (xq, _, _, dtype, text), nodes in groups.items():
+        for start in range(0, len(nodes), passes.max_merged):
+            siblings = nodes[start : start + passes.max_merged]
+            if len(siblings) > 1:
+                hits += 1
+                _merge(graph, xq, siblings, dtype, text)
+    return hits
+
+
+def _merge(graph: fx.Graph, xq: fx.Node, nodes: list[fx.Node], dtype, text) -> None:
+    with graph.inserting_before(nodes[0]):
+        ws, biases = [n.args[1] for n in nodes], [n.args[2] for n in nodes]
+        outputs = graph.call_function(linear_multi, (xq, ws, biases, dtype, text))
+        parts = [graph.call_function(operator.getitem, (outputs, i)) for i in range(len(nodes))]
+    for node, part in zip(nodes, parts, strict=True):
+        _replace(node, part)
+
+
+def residual(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in list(graph.nodes):
+        if node.target not in (operator.add, torch.add) or node.kwargs or len(node.args) != 2:
+            continue
+        a, b = node.args
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b:
+            # Of two layers the later one takes the other's output.
+            later, earlier = (b, a) if a < b else (a, b)
+            hits += _add_residual(graph, node, later, earlier) or _add_residual(graph, node, earlier, later)
+    return hits
+
+
+def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) -> bool:
+    """``node`` is ``y + other``; let the layer that computes ``y`` add, if nothing else reads it."""
+    if not _same_form(y, other, node):
+        return False
+    product, pixels = y, None
+    if _is_method(y, "contiguous") and _single(y) and _is_method(y.args[0], "permute", (0, 3, 1, 2)):
+        # The end of a transformer: its tokens become pixels again.
+        pixels = y.args[0].args[0]
+        if not (_is_method(pixels, "reshape") and _single(pixels) and _single(y.args[0])):
+            return False
+        product = pixels.args[0]
+        if (
+            _value(pixels).dim() != 4
+            or _value(product).dim() != 3
+            or _value(product).shape[-1:] != _value(pixels).shape[-1:]
+        ):
+            return False
+    if product.target not in (linear, conv2d) or not _single(product) or "residual" in product.kwargs:
+        return False
+    if product.target is linear and product.args[4] is not None:  # a row is replaced after the product
+        return False
+    with graph.inserting_before(node):
+        if pixels is not None:
+            # Left as channels-last instead of contiguous, which is the layout that our operators like.
+            other = graph.call_method("permute", (other, 0, 2, 3, 1))
+            other = graph.call_method("flatten", (other, 1, 2))
+        fused = graph.call_function(product.target, product.args, {"residual": other})
+        fused.meta = dict(product.meta)
+        if pixels is not None:
+            fused = graph.call_method("reshape", (fused, *pixels.args[1:]))
+            fused = graph.call_method("permute", (fused, 0, 3, 1, 2))
+    _replace(node, fused)
+    for dead in [y] if pixels is None else [y, y.args[0], pixels, product]:
+        graph.erase_node(dead)
+    return True
+
+
+def layer_norm(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in _calls(graph, quantize_traced):
+        norm = node.args[0]
+        if norm.target is not F.layer_norm or not _only_quantized(norm):
+            continue
+        x, shape, weight, bias, eps = _bind_layer_norm(*norm.args, **norm.kwargs)
+        if len(shape) == 1:
+            hits += 1
+            _rewrite(graph, node, layer_norm_quantize, (x, node.args[1], weight, bias, eps))
+    return hits
+
+
+def _bind_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return input, normalized_shape, weight, bias, eps
+
+
+def geglu(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in _calls(graph, quantize_traced):
+        x = _geglu_input(node.args[0])
+        if x is not None and _only_quantized(node.args[0]):
+            hits += 1
+            _rewrite(graph, node, geglu_quantize, (x, node.args[1]))
+    return hits
+
+
+def _geglu_input(product: fx.Node) -> fx.Node | None:
+    """The tensor whose halves a node multiplies as ``value * gelu(gate)``."""
+    if product.target is not operator.mul or not all(isinstance(a, fx.Node) for a in product.args):
+        return None
+    for value, gelu in (product.args, product.args[::-1]):
+        gate = gelu.args[0] if gelu.target is F.gelu and _has(gelu, "approximate", 1, "none") == "none" else None
+        halves = [half.args for half in (value, gate) if half is not None and half.target is operator.getitem]
+        if len(halves) == 2 and halves[0][0] is halves[1][0] and [half[1] for half in halves] == [0, 1]:
+            chunk = halves[0][0]
+            x = chunk.args[0]
+            last = _has(chunk, "dim", 2, 0) in (-1, len(_value(x).shape) - 1)
+            if chunk.target in ("chunk", torch.chunk) and _has(chunk, "chunks", 1) == 2 and last:
+                return x
+    return None
+
+
+def group_norm(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in _calls(graph, quantize_traced):
+        x, w, pad = node.args
+        tokens = x if pad is None else None
+        if tokens is not None:
+            # Pixels as tokens: quantized before they are reordered, which is free for channels-last codes.
+            pixels = x.args[0] if _is_method(x, "reshape") and _only_quantized(x) else None
+            if pixels is None or not _is_method(pixels, "permute", (0, 2, 3, 1)) or not _single(pixels):
+                continue
+            x, keeps_channels = pixels.args[0], _value(tokens).shape[-1] == _value(pixels).shape[-1]
+            if not keeps_channels or not _single(x):
+                continue
+        elif not _only_quantized(x):
+            continue
+        silu = x.target is F.silu and not _has(x, "inplace", 1) and _single(x.args[0])
+        norm = x.args[0] if silu else x
+        if norm.target is not F.group_norm or len(_value(norm).shape) != 4:
+            continue
+        hits += 1
+        image, num_groups, weight, bias, eps = _bind_group_norm(*norm.args, **norm.kwargs)
+        args = (image, w, num_groups, weight, bias, eps, silu, pad)
+        if tokens is None:
+            _rewrite(graph, node, group_norm_quantize, args)
+            continue
+        with graph.inserting_before(node):
+            xq = graph.call_function(group_norm_quantize, args)
+            xq = graph.call_method("permute", (xq, 0, 2, 3, 1))
+            xq = graph.call_method("reshape", (xq, *tokens.args[1:]))
+        _replace(node, xq)
+    return hits
+
+
+def _bind_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    return input, num_groups, weight, bias, eps
+
+
+def opaque(graph: fx.Graph, passes: Passes) -> int:
+    """Where the input comes out of an operator that Inductor cannot fuse, a kernel of its own is needed anyway."""
+    hits = 0
+    for node in _calls(graph, quantize_traced):
+        source = node.args[0]
+        while source.op == "call_method" and source.target in _VIEWS or source.target is operator.getitem:
+            source = source.args[0]
+        if source.op == "placeholder" or source.target in (*FUNCTIONS, F.scaled_dot_product_attention):
+            hits += 1
+            _rewrite(graph, node, quantize, node.args)
+    return hits
+
+
+_VIEWS = ("view", "reshape", "permute", "transpose", "flatten", "unflatten")
+
+REWRITES: dict[str, Callable[[fx.Graph, Passes], int]] = {
+    "no_ops": no_ops,
+    "layers": split_layers,
+    "share": share,
+    "merge": merge,
+    "residual": residual,
+    "layer_norm": layer_norm,
+    "geglu": geglu,
+    "group_norm": group_norm,
+    "opaque": opaque,
+}
+
+
+# --- reading and changing nodes ---------------------------------------------------------------------------------------
+
+
+def _calls(graph: fx.Graph, function: Callable) -> Iterator[fx.Node]:
+    return iter([node for node in graph.nodes if node.op == "call_function" and node.target is function])
+
+
+def _value(node) -> Tensor | None:
+    """The fake tensor that Dynamo computed for a node."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _dtype(node: fx.Node):
+    return getattr(_value(node), "dtype", None)
+
+
+def _has(node: fx.Node, name: str, position: int, default=None):
+    """An argument of a call, wherever it stands."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _is_input(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_method(node: fx.Node, name: str, args: tuple | None = None) -> bool:
+    """A method call, with those arguments whether given one by one or as one sequence."""
+    if node.op != "call_method" or node.target != name:
+        return False
+    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return args is None or tuple(given) == args
+
+
+def _single(node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def _only_quantized(node: fx.Node) -> bool:
+    return all(user.target is quantize_traced for user in node.users)
+
+
+def _same_form(*nodes: fx.Node) -> bool:
+    first, *others = [_value(node) for node in nodes]
+    return all(
+        isinstance(v, Tensor)
+        and v.dtype == first.dtype
+        and len(v.shape) == len(first.shape)
+        and all(statically_known_true(a == b) for a, b in zip(v.shape, first.shape, strict=True))
+        for v in others
+    )
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    if not new.meta:
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, function: Callable, args: tuple) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(function, args)
+    _replace(node, new)
