@@ -1,9 +1,9 @@
 #include "catalogue.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 
 // Whether sm90/ was compiled, which only sm_90a can run.
 #ifndef MIXDQ_SM90
@@ -47,7 +47,7 @@ const char* beyond_im2col(const Matmul& p) {
 
 // Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family.
 double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count) {
-  bool sm90 = std::string(kernel.family) == "sm90";
+  bool sm90 = std::string_view(kernel.family) == "sm90";
   double macs = sm90 ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
   int64_t tiles_n = 0;
   for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
@@ -66,7 +66,7 @@ double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count)
   return cycles;
 }
 
-Choice cheapest(const std::string& family, const Matmul& p, int arch, int sm_count) {
+Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count) {
   Choice best;
   double least = 0;
   const auto& kernels = catalogue();
@@ -84,7 +84,7 @@ Choice cheapest(const std::string& family, const Matmul& p, int arch, int sm_cou
 }
 
 Choice by_rule(const Matmul& p, int arch, int sm_count) {
-  int few = find_kernel("few_rows");
+  static const int few = find_kernel("few_rows");
   if (why_not(catalogue()[few], p, arch).empty()) return {few, 1, false};
   for (const char* family : {"sm90", "sm80"}) {
     Choice choice = cheapest(family, p, arch, sm_count);
@@ -150,7 +150,7 @@ int find_kernel(const std::string& name) {
 }
 
 std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
-  std::string name = kernel.name, family = kernel.family;
+  const std::string_view name = kernel.name, family = kernel.family;
   if (name == "direct") return "";
   if (family == "sm90" && !MIXDQ_SM90) return "this build has no code for sm_90a";
   if (family == "sm90" && arch != 90) return "needs sm_90; this is sm_" + std::to_string(arch);
