@@ -23,7 +23,10 @@ const char* name_of(Float type) { return type == Float::f32 ? "f32" : type == Fl
 // Asynchronous copies and TMA move 16 bytes at a time; this names what does not start on a multiple of them.
 const char* misaligned(const Matmul& p, bool weights_as_stored) {
   if (reinterpret_cast<uintptr_t>(p.x.data) % 16) return "the input does not start on a multiple of 16 bytes";
-  if (p.x.stride_w % 16 || p.x.stride_h % 16 || p.x.stride_n % 16) return "the input's strides are no multiples of 16";
+  const int unit = 16 / p.element_bytes();
+  if (p.x.stride_w % unit || p.x.stride_h % unit || p.x.stride_n % unit) {
+    return "the input's strides are no multiples of 16 bytes";
+  }
   for (int i = 0; weights_as_stored && i < p.weight_count; ++i) {
     if (reinterpret_cast<uintptr_t>(p.weights[i].data) % 16) return "a weight does not start on a multiple of 16 bytes";
   }
@@ -48,7 +51,7 @@ const char* beyond_im2col(const Matmul& p) {
 // Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family.
 double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count) {
   bool sm90 = std::string_view(kernel.family) == "sm90";
-  double macs = sm90 ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
+  double macs = sm90 && !p.floating ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
   int64_t tiles_n = 0;
   for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
   int64_t blocks = ceil_div(p.m(), kernel.tile_m) * tiles_n * splits;
@@ -57,7 +60,7 @@ double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count)
   double tile = double(kernel.tile_m) * kernel.tile_n;
   double math = tile * kStep / macs * (kernel.packed ? 1.5 : 1);  // spreading packed codes takes instructions
   double weight_bytes = kernel.packed ? p.bits / 8. : 1;
-  double step = std::max(math, (kernel.tile_m + kernel.tile_n * weight_bytes) * kStep / bytes_in);
+  double step = std::max(math, (kernel.tile_m * p.element_bytes() + kernel.tile_n * weight_bytes) * kStep / bytes_in);
   // Tiles overlap with the end of the ones before them, except where all warps work on one tile.
   double ends = kernel.tile_m > 128 ? rounds : 1;
   double cycles = rounds * steps * step + ends * (600 + tile * 2 / bytes_out);
@@ -90,6 +93,7 @@ Choice by_rule(const Matmul& p, int arch, int sm_count) {
     Choice choice = cheapest(family, p, arch, sm_count);
     if (choice.kernel >= 0) return choice;
   }
+  if (p.floating) return {};
   return {find_kernel("direct"), 1, false};
 }
 
@@ -131,12 +135,14 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},
       {"sm90_64x80_packed", "sm90", 64, 80, 1, 8, true},
       {"sm90_128x64_packed", "sm90", 128, 64, 1, 8, true},
+      {"sm90_128x128_floating", "sm90", 128, 128, 2, 1, true, true},
+      {"sm90_64x80_floating", "sm90", 64, 80, 1, 8, true, true},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x64", "sm80", 128, 64, 0, 1, false},
       {"sm80_64x64", "sm80", 64, 64, 0, 1, false},
       {"sm80_64x16", "sm80", 64, 16, 0, 1, false},
       {"few_rows", "any", kFewRows, 1, 0, 1, true},
-      {"direct", "any", 16, 16, 0, 1, false},
+      {"direct", "any", 64, 64, 0, 1, false},
   };
   return kernels;
 }
@@ -151,6 +157,7 @@ int find_kernel(const std::string& name) {
 
 std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   const std::string_view name = kernel.name, family = kernel.family;
+  if (kernel.floating != p.floating) return p.floating ? "multiplies codes" : "multiplies floating activations";
   if (name == "direct") return "";
   if (family == "sm90" && !MIXDQ_SM90) return "this build has no code for sm_90a";
   if (family == "sm90" && arch != 90) return "needs sm_90; this is sm_" + std::to_string(arch);
@@ -159,9 +166,10 @@ std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   if (name == "few_rows") {
     if (!p.is_rows()) return "needs rows at equal distances";
     if (p.m() > kFewRows) return "takes up to " + std::to_string(kFewRows) + " rows; found " + std::to_string(p.m());
-  } else if (kernel.packed && p.bits == 8) {
+  } else if (kernel.packed && !kernel.floating && p.bits == 8) {
     return "reads weights of 4 and 2 bits";
   }
+  // 16 bytes of stored codes, which in every width are at least 16 bytes of the input.
   std::string channels = needs_channels(p, kernel.packed ? 16 * 8 / p.bits : 16);
   if (!channels.empty()) return channels;
   // Unpacked weights lie in fresh memory, which is aligned.
@@ -198,7 +206,7 @@ Choice select(const Matmul& p, int arch, int sm_count) {
     Choice forced = by_environment(wanted, p, arch);
     if (forced.kernel >= 0) return forced;
   }
-  if (const Tuned* row = nearest(tuning_table(), p, arch)) {
+  if (const Tuned* row = p.floating ? nullptr : nearest(tuning_table(), p, arch)) {
     int i = find_kernel(row->kernel);
     if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
       return {i, allowed_splits(catalogue()[i], row->splits), true};
@@ -212,7 +220,8 @@ std::string Matmul::str() const {
   std::string columns;
   for (int i = 0; i < weight_count; ++i) columns += (i ? "+" : "") + std::to_string(weights[i].n);
   std::string text = "m " + std::to_string(m()) + ", n " + columns + ", k " + by(taps(), x.channels) + ", int" +
-                     std::to_string(bits) + " weights, " + (row_scale ? "dynamic" : "static") + ", to " +
+                     std::to_string(bits) + " weights, " + (floating ? "floating" : row_scale ? "dynamic" : "static") +
+                     ", to " +
                      name_of(out_type) + " every " + std::to_string(out_stride);
   if (residual) text += std::string(", residual ") + name_of(residual_type);
   if (!is_rows()) {

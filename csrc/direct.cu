@@ -150,7 +150,10 @@ bool by_words(const Matmul& p) {
 
 cudaError_t direct(const Matmul& p, int splits, const Stream& on) {
   int64_t m = p.m(), tiles_m = ceil_div(m, kTile), tiles_n = column_tiles(p, kTile);
-  if (splits != 1 || p.bits != 8 || p.pitch() != p.x.channels || p.k() <= 0 || tiles_m > INT32_MAX || tiles_n > 65535) return cudaErrorInvalidValue;
+  bool gaps = p.pitch() != p.packed_channels();
+  if (splits != 1 || p.bits != 8 || gaps || p.k() <= 0 || tiles_m > INT32_MAX || tiles_n > 65535) {
+    return cudaErrorInvalidValue;
+  }
   if (m == 0 || tiles_n == 0) return cudaSuccess;
   Grid grid = {dim3(unsigned(tiles_m), unsigned(tiles_n)), dim3(kThreads)};
   return launch(by_words(p) ? direct_kernel<true> : direct_kernel<false>, grid, on, p, m);

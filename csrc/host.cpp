@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("math_groups", &Kernel::math_groups)
       .def_readonly("max_splits", &Kernel::max_splits)
       .def_readonly("packed", &Kernel::packed)
+      .def_readonly("floating", &Kernel::floating)
       .def("__repr__", [](const Kernel& k) { return "<kernel " + std::string(k.name) + ">"; });
 
   py::class_<Tuned>(m, "Tuned")

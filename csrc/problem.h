@@ -10,7 +10,7 @@ namespace mixdq {
 
 enum class Float : int { f32, f16, bf16 };
 
-// int8 codes [batch, height, width, channels]; strides in elements, the channel stride is 1.
+// Codes, or floats, [batch, height, width, channels]; strides in elements, the channel stride is 1.
 struct Image {
   const int8_t* data = nullptr;
   int batch = 1, height = 1, width = 1, channels = 1;
@@ -28,7 +28,7 @@ struct Window {
 struct Weight {
   const void* data = nullptr;
   int n = 0;
-  const float* alpha = nullptr;        // static activations: act_scale * scale; dynamic ones: scale
+  const float* alpha = nullptr;        // static activations: act_scale * scale; dynamic or floating ones: scale
   const float* beta = nullptr;         // static only: the share of the zero point
   const void* bias = nullptr;
   Float bias_type = Float::f32;
@@ -39,12 +39,15 @@ constexpr int kMaxWeights = 4;
 
 // out[m, n] = round(epilogue(sum_k x[m, k] * w[n, k]) + residual[m, n]), int32 sums, float32 epilogue, one rounding.
 //   static:  acc * alpha[n] + (beta[n] + bias[n])
+//   floating: acc * alpha[n] + bias[n], with float32 sums
 //   dynamic: (acc - row_zero_point[m] * weight_sum[n]) * row_scale[m] * alpha[n] + bias[n]
 // Several weights share the input; their outputs lie side by side, so out has sum(n) columns.
 struct Matmul {
   Image x;
   Window window;
   int out_h = 1, out_w = 1;
+  bool floating = false;       // weight-only: x holds floats of x_type, 16 bits each, instead of codes
+  Float x_type = Float::f16;
   int bits = 8;  // of the weights: 8, 4 or 2
   Weight weights[kMaxWeights];
   int weight_count = 1;
@@ -67,6 +70,7 @@ struct Matmul {
   }
   int taps() const { return window.r * window.s; }
   int k() const { return taps() * x.channels; }
+  int element_bytes() const { return floating ? 2 : 1; }
   // Bytes of a weight for one tap: the stored form packs the channels of each tap on their own.
   int packed_channels() const { return (x.channels * bits + 7) / 8; }
   int64_t pitch() const { return weight_pitch ? weight_pitch : packed_channels(); }
@@ -87,6 +91,7 @@ struct Kernel {
   int math_groups;     // warpgroups that multiply; 0 where that means nothing
   int max_splits;      // parts that the reduction can be split into, each in a block of one cluster
   bool packed;         // reads 4 and 2 bit weights as they are stored; others get them unpacked first
+  bool floating = false;  // multiplies floating activations, with weights of any width as they are stored
 };
 
 struct Choice {

@@ -1,4 +1,5 @@
-// Weights of 4 or 2 bits to int8, for the matmul kernels that cannot read them as they are stored.
+// Weights of 4 or 2 bits to int8, for the matmul kernels that cannot read them as they are stored; and weights to floats,
+// for torch's own operators.
 #include "device.cuh"
 
 namespace mixdq {
@@ -57,9 +58,36 @@ __global__ void __launch_bounds__(kThreads)
   out[at] = int8_t(int8_t(byte << (8 - bits - channel % per_byte * bits)) >> (8 - bits));
 }
 
+// Eight neighbouring channels to a thread.
+__global__ void __launch_bounds__(kThreads)
+    dequantize_codes(const uint8_t* codes, int64_t pitch, const float* scale, void* out, Float type, int64_t out_pitch,
+                     int64_t rows, int taps, int channels, int bits) {
+  wait_for_previous();
+  int64_t eights = (channels + 7) / 8, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= rows * eights) return;
+  int64_t row = at / eights;
+  int first = int(at - row * eights) * 8, per_byte = 8 / bits;
+  float factor = scale[row / taps];
+  for (int c = first; c < min(first + 8, channels); ++c) {
+    unsigned byte = codes[row * pitch + c / per_byte];
+    int code = int8_t(byte << (8 - bits - c % per_byte * bits)) >> (8 - bits);
+    store_float(out, type, row * out_pitch + c, float(code) * factor);
+  }
+}
+
 }  // namespace
 
-// Neither kernel lets the next one start: a matmul may load its weights, which are written here, before its own wait.
+cudaError_t dequantize_weight(const void* codes, int64_t pitch, const float* scale, void* out, Float type,
+                              int64_t out_pitch, int64_t n, int taps, int channels, int bits, const Stream& on) {
+  int64_t blocks = (n * taps * ((channels + 7) / 8) + kThreads - 1) / kThreads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  Grid grid = {dim3(unsigned(blocks)), dim3(kThreads)};
+  return launch(dequantize_codes, grid, on, static_cast<const uint8_t*>(codes), pitch, scale, out, type, out_pitch,
+                n * taps, taps, channels, bits);
+}
+
+// No kernel here lets the next one start: a matmul may load its weights, which are written here, before its own wait.
 cudaError_t unpack_weight(const void* packed, int8_t* out, int64_t rows, int channels, int bits, const Stream& on) {
   if (bits != 4 && bits != 2) return cudaErrorInvalidValue;
   int64_t count = rows * channels;

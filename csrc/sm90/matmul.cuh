@@ -6,9 +6,11 @@
 //   blocks of a cluster, which add their int32 sums through each other's shared memory: exact, and no scratch memory.
 //
 // One warp loads both operands. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
-// convolution differs from a linear layer only in the coordinates of the input's tiles. Packed weights pass through
-// three warps that spread the codes over bytes: each code lands in the high bits of its byte, so sums come out 16 or 64
-// times too large, within the range of int8 sums, and are shifted back exactly.
+// convolution differs from a linear layer only in the coordinates of the input's tiles.
+//
+// Packed weights pass through three warps that spread the codes over bytes: each code lands in the high bits of its
+// byte, so sums come out 16 or 64 times too large, within the range of int8 sums, and are shifted back exactly. Where
+// activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
 #pragma once
 #include <cooperative_groups.h>
 #include "cute/arch/copy_sm90_tma.hpp"
@@ -24,14 +26,15 @@ namespace mixdq::sm90 {
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
-constexpr int kStepK = 32;    // codes that one instruction multiplies
-constexpr int kRaster = 16;   // tile rows that are walked together, so that their inputs stay in the L2 cache
-constexpr int kGroup = 128;   // threads of a warpgroup
+constexpr int kStepBytes = 32;  // of a row, that one instruction multiplies
+constexpr int kRaster = 16;     // tile rows that are walked together, so that their inputs stay in the L2 cache
+constexpr int kGroup = 128;     // threads of a warpgroup
 
 enum class Turns { single, ping_pong, cooperative };
 
-template <int TileM, int TileN, Turns turns_, bool Packed>
+template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8>
 struct Config {
+  using Math = Math_;
   static constexpr int kTileM = TileM, kTileN = TileN;
   static constexpr Turns turns = turns_;
   static constexpr bool packed = Packed;
@@ -41,16 +44,17 @@ struct Config {
   // Rows of one math group, in blocks of the 64 that an instruction takes.
   static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : TileM) / 64;
 
-  static constexpr int kInputBytes = TileM * kTileK;
-  static constexpr int kWeightBytes = TileN * kTileK;
-  static constexpr int kPackedBytes = Packed ? TileN * kTileK / 2 : 0;
+  static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
+  static constexpr int kInputBytes = TileM * kRowBytes;
+  static constexpr int kWeightBytes = TileN * kRowBytes;
+  static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
 
   // Epilogue of the persistent kernels: each warp stages 16 rows of that many columns, padded against bank conflicts.
   static constexpr int kChunk = TileN <= 80 ? TileN : TileN / 2;
   static constexpr int kStagingRow = kChunk * 2 + 16;
   static constexpr int kStagingBytes = turns == Turns::single ? 0 : kMathGroups * 4 * 16 * kStagingRow;
-  // Epilogue of the single kernels: the int32 sums take the place of the stages.
+  // Epilogue of the single kernels: the sums take the place of the stages.
   static constexpr int kSumsRow = TileN + 8;
 
   static constexpr int kVectorBytes = kMathGroups * TileN * 12;
@@ -74,6 +78,7 @@ struct Params {
   int k_tiles, channel_blocks;
   int packed_tile;                          // bytes of a channel block as it is stored
   int shift;                                // of sums of packed weights
+  float unscale;                            // the same as a factor, for floating sums
   bool rows;
   int out_w, out_hw, kernel_s, stride_h, stride_w, dilation_h, dilation_w;
   const float* row_scale;
@@ -92,6 +97,20 @@ struct Params {
 struct Tile {
   int m0, weight, n0;
 };
+
+__device__ __forceinline__ uint32_t pack2(Float type, float a, float b) {
+  if (type == Float::f16) {
+    __half2 v = __floats2half2_rn(a, b);
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
+  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&v);
+}
+
+__device__ __forceinline__ float2 unpack2(Float type, uint32_t v) {
+  if (type == Float::f16) return __half22float2(*reinterpret_cast<__half2*>(&v));
+  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
+}
 
 template <class C>
 __device__ __forceinline__ Tile locate(const Params& p, int index) {
@@ -138,7 +157,7 @@ struct Shared {
   }
   __device__ uint64_t* empty(int stage) const { return full(C::kStages + stage); }
   __device__ uint64_t* packed_full(int stage) const { return full(2 * C::kStages + stage); }
-  __device__ int* sums() const { return reinterpret_cast<int*>(base); }
+  __device__ auto* sums() const { return reinterpret_cast<typename C::Math::Sum*>(base); }
 };
 
 // --- loading ----------------------------------------------------------------------------------------------------------
@@ -158,7 +177,7 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
     FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
   } else {
     FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes + C::kWeightBytes);
-    cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), block * kTileK, tap, t.n0);
+    cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), block * kRowBytes, tap, t.n0);
   }
 }
 
@@ -166,14 +185,14 @@ template <class C>
 __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm, int stage, int m0, int k) {
   if (p.rows) {
     constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.full(stage), kKeep, sm.input(stage), k * kTileK, m0);
+    cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.full(stage), kKeep, sm.input(stage), k * kRowBytes, m0);
     return;
   }
   int tap = k / p.channel_blocks, block = k % p.channel_blocks;
   int image = m0 / p.out_hw, pixel = m0 % p.out_hw;
   int y = pixel / p.out_w * p.stride_h, x = pixel % p.out_w * p.stride_w;
   auto dy = uint16_t(tap / p.kernel_s * p.dilation_h), dx = uint16_t(tap % p.kernel_s * p.dilation_w);
-  cute::SM90_TMA_LOAD_IM2COL_4D::copy(&p.input, sm.full(stage), sm.input(stage), block * kTileK, x, y, image, dx, dy);
+  cute::SM90_TMA_LOAD_IM2COL_4D::copy(&p.input, sm.full(stage), sm.input(stage), block * kRowBytes, x, y, image, dx, dy);
 }
 
 // One thread.
@@ -216,10 +235,47 @@ __device__ __forceinline__ uint4 spread2(uint32_t v) {
           __byte_perm(ab_high, cd_high, 0x5410), __byte_perm(ab_high, cd_high, 0x7632)};
 }
 
-// Three warps: packed codes of each stage to the swizzled int8 tile that wgmma reads.
+// Eight int8 codes to 16-bit floats, exactly.
+__device__ __forceinline__ uint4 widen(Float type, uint2 codes) {
+  uint32_t words[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u}, out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // 2^23 + (code + 128) as a float has the code in its lowest byte.
+    uint32_t a = __byte_perm(words[i / 2], 0x4B000000u, i % 2 ? 0x7652 : 0x7650);
+    uint32_t b = __byte_perm(words[i / 2], 0x4B000000u, i % 2 ? 0x7653 : 0x7651);
+    out[i] = pack2(type, __uint_as_float(a) - 8388736.f, __uint_as_float(b) - 8388736.f);
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// The codes that 16 bytes of a row of the tile hold, from their stored form. `piece` counts such places.
+template <class C>
+__device__ __forceinline__ uint4 spread_piece(const Params& p, const uint8_t* from, int piece) {
+  if constexpr (C::Math::kBytes == 1) {
+    if (p.shift == 4) {
+      uint2 v = reinterpret_cast<const uint2*>(from)[piece];
+      uint2 low = spread4(v.x), high = spread4(v.y);
+      return {low.x, low.y, high.x, high.y};
+    }
+    return spread2(reinterpret_cast<const uint32_t*>(from)[piece]);
+  } else {
+    uint2 codes;
+    if (p.shift == 0) {
+      codes = reinterpret_cast<const uint2*>(from)[piece];
+    } else if (p.shift == 4) {
+      codes = spread4(reinterpret_cast<const uint32_t*>(from)[piece]);
+    } else {
+      uint4 v = spread2(reinterpret_cast<const uint16_t*>(from)[piece]);
+      codes = {v.x, v.y};
+    }
+    return widen(std::is_same_v<typename C::Math, Half> ? Float::f16 : Float::bf16, codes);
+  }
+}
+
+// Three warps: stored codes of each stage to the swizzled tile that wgmma reads.
 template <class C>
 __device__ void spread(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, Reduction r) {
-  constexpr int kWorkers = 96, kPieces = C::kTileN * (kTileK / 16);  // a piece becomes 16 bytes
+  constexpr int kWorkers = 96, kPieces = C::kTileN * (kRowBytes / 16);
   const int worker = threadIdx.x - 32;
   Turn<C> turn;
   for (int index = first; index < tiles; index += stride) {
@@ -227,19 +283,9 @@ __device__ void spread(const Params& p, const Shared<C>& sm, int first, int stri
       FullBarrier::wait(sm.packed_full(turn.stage), turn.phase);
       const uint8_t* from = sm.packed(turn.stage);
       uint8_t* to = sm.weight(turn.stage);
-      if (p.shift == 4) {
-        for (int piece = worker; piece < kPieces; piece += kWorkers) {
-          uint2 v = *reinterpret_cast<const uint2*>(from + piece * 8);
-          uint2 low = spread4(v.x), high = spread4(v.y);
-          int row = piece / 8, place = (piece % 8) ^ (row % 8);
-          *reinterpret_cast<uint4*>(to + row * kTileK + place * 16) = make_uint4(low.x, low.y, high.x, high.y);
-        }
-      } else {
-        for (int piece = worker; piece < kPieces; piece += kWorkers) {
-          int row = piece / 8, place = (piece % 8) ^ (row % 8);
-          *reinterpret_cast<uint4*>(to + row * kTileK + place * 16) =
-              spread2(*reinterpret_cast<const uint32_t*>(from + piece * 4));
-        }
+      for (int piece = worker; piece < kPieces; piece += kWorkers) {
+        int row = piece / 8, place = (piece % 8) ^ (row % 8);
+        *reinterpret_cast<uint4*>(to + row * kRowBytes + place * 16) = spread_piece<C>(p, from, piece);
       }
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
@@ -251,7 +297,7 @@ __device__ void spread(const Params& p, const Shared<C>& sm, int first, int stri
 // --- multiplying ------------------------------------------------------------------------------------------------------
 
 template <class C>
-using Sums = uint32_t[C::kBlocksM][C::kTileN / 2];
+using Sums = typename C::Math::Sum[C::kBlocksM][C::kTileN / 2];
 
 template <class C>
 __device__ __forceinline__ void fence_sums(Sums<C>& sums) {
@@ -273,15 +319,16 @@ __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int
   int before = 0;
   for (int k = 0; k < count; ++k) {
     FullBarrier::wait(sm.full(turn.stage), turn.phase);
-    uint64_t a = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.input(turn.stage) + row0 * kTileK));
+    uint64_t a = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.input(turn.stage) + row0 * kRowBytes));
     uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)));
     fence_sums<C>(sums);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int s = 0; s < kTileK / kStepK; ++s) {
+    for (int s = 0; s < kRowBytes / kStepBytes; ++s) {
 #pragma unroll
       for (int i = 0; i < C::kBlocksM; ++i) {
-        wgmma<C::kTileN>(a + i * 512 + s * (kStepK / 16), b + s * (kStepK / 16), sums[i], k > 0 || s > 0);
+        wgmma<typename C::Math, C::kTileN>(a + i * 512 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
+                                           k > 0 || s > 0);
       }
     }
     cute::warpgroup_commit_batch();
@@ -320,23 +367,21 @@ struct Row {
   int zero_point = 0;
 };
 
+// One output before the residual. `sum` is a register of the accumulator, whatever it counts.
+template <class C>
+__device__ __forceinline__ float finish(const Params& p, typename C::Math::Sum sum, const ChannelEpilogue& c,
+                                        const Row& row) {
+  if constexpr (C::Math::kBytes == 1) {
+    int exact = C::packed ? int(sum) >> p.shift : int(sum);
+    return apply_epilogue(exact, c, p.row_scale, row.scale, row.zero_point);
+  } else {
+    return fmaf(sum * p.unscale, c.alpha, c.offset);
+  }
+}
+
 __device__ __forceinline__ Row row_of(const Params& p, int64_t m) {
   if (!p.row_scale || m >= p.m) return {};
   return {p.row_scale[m * p.row_stride], int(p.row_zero_point[m * p.row_stride])};
-}
-
-__device__ __forceinline__ uint32_t pack2(Float type, float a, float b) {
-  if (type == Float::f16) {
-    __half2 v = __floats2half2_rn(a, b);
-    return *reinterpret_cast<uint32_t*>(&v);
-  }
-  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&v);
-}
-
-__device__ __forceinline__ float2 unpack2(Float type, uint32_t v) {
-  if (type == Float::f16) return __half22float2(*reinterpret_cast<__half2*>(&v));
-  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
 }
 
 // Up to eight 16-bit values between global memory and 16 bytes, those beyond `count` left alone.
@@ -370,7 +415,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, int r
   constexpr int kPieces = C::kChunk / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
   const int columns_left = p.weights[t.weight].n - t.n0;
-  const bool dynamic = p.row_scale, staged = p.residual && p.residual_type != Float::f32;
+  const bool staged = p.residual && p.residual_type != Float::f32;
   const bool wide = p.residual && p.residual_type == Float::f32;
   const int64_t column = p.column[t.weight] + t.n0;
   auto* out = static_cast<uint16_t*>(p.out) + column;
@@ -401,10 +446,8 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, int r
         for (int h = 0; h < 2; ++h) {
           const int row = lane / 4 + h * 8;
           auto* place = reinterpret_cast<uint32_t*>(staging + row * C::kStagingRow + (c - c0) * 2);
-          int a = int(sums[i][j * 4 + h * 2]), b = int(sums[i][j * 4 + h * 2 + 1]);
-          if constexpr (C::packed) a >>= p.shift, b >>= p.shift;
-          float x = apply_epilogue(a, first, dynamic, rows[h].scale, rows[h].zero_point);
-          float y = apply_epilogue(b, second, dynamic, rows[h].scale, rows[h].zero_point);
+          float x = finish<C>(p, sums[i][j * 4 + h * 2], first, rows[h]);
+          float y = finish<C>(p, sums[i][j * 4 + h * 2 + 1], second, rows[h]);
           if (staged) {
             float2 r = unpack2(p.out_type, *place);
             x += r.x, y += r.y;
@@ -449,9 +492,7 @@ __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int 
         for (int e = 0; e < 2; ++e) {
           const int c = j * 8 + lane % 4 * 2 + e;
           if (m >= p.m || c >= columns_left) continue;
-          int sum = int(sums[i][j * 4 + h * 2 + e]);
-          if constexpr (C::packed) sum >>= p.shift;
-          float y = apply_epilogue(sum, columns[c], p.row_scale, row.scale, row.zero_point);
+          float y = finish<C>(p, sums[i][j * 4 + h * 2 + e], columns[c], row);
           out[c] = p.residual ? y + residual[c] : y;
         }
       }
@@ -471,20 +512,22 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     const int row = rank * share + v / (C::kTileN / 8), c = v % (C::kTileN / 8) * 8;
     const int64_t m = int64_t(t.m0) + row;
     if (m >= p.m || c >= columns_left) continue;
-    int sums[8] = {};
+    using Sum = typename C::Math::Sum;
+    Sum sums[8] = {};
     for (int block = 0; block < p.splits; ++block) {
-      int* from = sm.sums() + row * C::kSumsRow + c;
+      Sum* from = sm.sums() + row * C::kSumsRow + c;
       if (p.splits > 1) from = cg::this_cluster().map_shared_rank(from, block);
-      int4 low = reinterpret_cast<int4*>(from)[0], high = reinterpret_cast<int4*>(from)[1];
-      sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
-      sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+      alignas(16) Sum part[8];
+      reinterpret_cast<uint4*>(part)[0] = reinterpret_cast<uint4*>(from)[0];
+      reinterpret_cast<uint4*>(part)[1] = reinterpret_cast<uint4*>(from)[1];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sums[e] += part[e];
     }
-    const Row scale = row_of(p, m);
+    const Row of_row = row_of(p, m);
     float y[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      if constexpr (C::packed) sums[e] >>= p.shift;
-      y[e] = apply_epilogue(sums[e], columns[c + e], p.row_scale, scale.scale, scale.zero_point);
+      y[e] = finish<C>(p, sums[e], columns[c + e], of_row);
     }
     const int64_t at = m * p.out_stride + column + c, from = m * p.residual_stride + column + c;
     const int count = columns_left - c;
@@ -558,10 +601,12 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        int* row = sm.sums() + (i * 64 + warp * 16 + h * 8 + lane / 4) * C::kSumsRow + lane % 4 * 2;
+        auto* row = sm.sums() + (i * 64 + warp * 16 + h * 8 + lane / 4) * C::kSumsRow + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < C::kTileN / 8; ++j) {
-          *reinterpret_cast<int2*>(row + j * 8) = make_int2(sums[i][j * 4 + h * 2], sums[i][j * 4 + h * 2 + 1]);
+          using Pair = typename C::Math::Sum[2];
+          Pair& pair = *reinterpret_cast<Pair*>(row + j * 8);
+          pair[0] = sums[i][j * 4 + h * 2], pair[1] = sums[i][j * 4 + h * 2 + 1];
         }
       }
     }
@@ -647,12 +692,13 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   }
   p.m = int(problem.m());
   p.tiles_m = (p.m + C::kTileM - 1) / C::kTileM;
-  p.channel_blocks = (problem.x.channels + kTileK - 1) / kTileK;
+  p.channel_blocks = (problem.x.channels + C::kTileK - 1) / C::kTileK;
   p.k_tiles = problem.taps() * p.channel_blocks;
   while (splits > p.k_tiles) splits /= 2;  // every block multiplies something
   p.splits = splits;
-  p.packed_tile = kTileK * problem.bits / 8;
+  p.packed_tile = C::kTileK * problem.bits / 8;
   p.shift = 8 - problem.bits;
+  p.unscale = 1.f / float(1 << p.shift);
   p.rows = problem.is_rows();
   p.out_w = problem.out_w, p.out_hw = problem.out_h * problem.out_w;
   p.kernel_s = problem.window.s;
@@ -694,4 +740,14 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
     using namespace mixdq::sm90;                                                                       \
     return run<Config<TILE_M, TILE_N, Turns::TURNS, PACKED>>(problem, splits, on);                     \
+  }
+
+// The same for floating activations: one instance for each type.
+#define MIXDQ_SM90_FLOATING_INSTANCE(NAME, TILE_M, TILE_N, TURNS)                                      \
+  cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
+    using namespace mixdq::sm90;                                                                       \
+    if (problem.x_type == Float::f16) {                                                                \
+      return run<Config<TILE_M, TILE_N, Turns::TURNS, true, Half>>(problem, splits, on);               \
+    }                                                                                                  \
+    return run<Config<TILE_M, TILE_N, Turns::TURNS, true, Bfloat16>>(problem, splits, on);             \
   }

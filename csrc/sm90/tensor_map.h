@@ -5,13 +5,13 @@
 
 namespace mixdq::sm90 {
 
-// Codes of a tap that one step of the reduction takes; with the 128-byte swizzle also the bytes of a row in shared memory.
-constexpr int kTileK = 128;
+// Bytes of a pixel that one step of the reduction takes, which are 128 codes or 64 floats: a row of a swizzled tile.
+constexpr int kRowBytes = 128;
 
-// Tiles of tile_m output pixels by kTileK channels. As rows [m, channels] where the problem allows, else im2col.
+// Tiles of tile_m output pixels by kRowBytes of their channels. As rows [m, channels] where the problem allows, else im2col.
 CUresult input_map(const Matmul& problem, int tile_m, CUtensorMap* map);
 
-// Tiles of tile_n rows by the stored bytes of kTileK channels of one tap of [n, taps, packed channels].
+// Tiles of tile_n rows by the stored bytes of as many channels of one tap of [n, taps, packed channels].
 CUresult weight_map(const Matmul& problem, const Weight& weight, int tile_n, CUtensorMap* map);
 
 }  // namespace mixdq::sm90
