@@ -6,10 +6,12 @@ from mixdq_ao._version import __version__
 with quiet_torchao_import():
     from mixdq_ao.calibrate import calibrate, observe
     from mixdq_ao.checkpoint import QuantParams
+    from mixdq_ao.compiling import compile
     from mixdq_ao.config import MixDQConfig, MixDQLayerConfig, quantize_
     from mixdq_ao.errors import CheckpointError, MixDQError, PlanError, UnsupportedError
     from mixdq_ao.integrations import register
     from mixdq_ao.model_file import load, save
+    from mixdq_ao.passes import Passes
     from mixdq_ao.plan import BitPlan
     from mixdq_ao.summary import summary
     from mixdq_ao.tensor import MixDQTensor
@@ -22,11 +24,13 @@ __all__ = [
     "MixDQError",
     "MixDQLayerConfig",
     "MixDQTensor",
+    "Passes",
     "PlanError",
     "QuantParams",
     "UnsupportedError",
     "__version__",
     "calibrate",
+    "compile",
     "load",
     "observe",
     "quantize_",

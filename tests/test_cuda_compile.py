@@ -1,0 +1,172 @@
+"""``mixdq_ao.compile`` on a CUDA device: one recorded graph for each size, which never gives anything stale."""
+
+import copy
+
+import pytest
+import torch
+from models import run_unet, tiny_sdxl_unet, unet_inputs
+from torch import nn
+
+import mixdq_ao
+from mixdq_ao import MixDQConfig, MixDQTensor, UnsupportedError, observe, quantize_
+from mixdq_ao.evaluate import sqnr
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def on_cuda(inputs: dict) -> dict:
+    return {k: on_cuda(v) if isinstance(v, dict) else v.cuda() for k, v in inputs.items()}
+
+
+def inputs(**options) -> dict:
+    return on_cuda(unet_inputs(dtype=torch.float16, **options))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    unet = tiny_sdxl_unet(layers_per_block=1).cuda()
+    with observe(unet) as recorder:
+        run_unet(unet, **on_cuda(unet_inputs()))
+    quantize_(unet, MixDQConfig(recorder.params()))
+    return unet.half()
+
+
+@pytest.fixture
+def unet(quantized):
+    return copy.deepcopy(quantized)
+
+
+@pytest.fixture(scope="module")
+def compiled(quantized):
+    """Compiled once for all tests that leave it as it is."""
+    return mixdq_ao.compile(copy.deepcopy(quantized))
+
+
+def close(expected, found) -> None:
+    """As far apart as roundings before quantizers drive them."""
+    assert found.isfinite().all() and sqnr(expected, found) > 20
+
+
+def test_graphs_give_the_numbers_of_eager_for_other_inputs(quantized, compiled):
+    for seed, timestep in ((1, 999.0), (2, 500.0), (3, 1.0)):
+        x = inputs(seed=seed, timestep=timestep)
+        close(run_unet(quantized, **x), run_unet(compiled, **x))
+    assert compiled.recorded == 1
+    again = [run_unet(compiled, **inputs(seed=2, timestep=500.0)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_a_call_does_not_overwrite_an_earlier_output(compiled):
+    first = run_unet(compiled, **inputs(seed=1))
+    kept = first.clone()
+    second = run_unet(compiled, **inputs(seed=2))
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+
+
+def test_replay_launches_one_graph(compiled):
+    x = inputs()
+    run_unet(compiled, **x)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        run_unet(compiled, **x)
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls.get("cudaGraphLaunch") == 1
+    # Inputs are copied, the output is cloned; no kernel is launched one by one.
+    assert calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0) <= 8
+
+
+def test_timesteps_of_any_kind(compiled):
+    x = inputs()
+    expected = run_unet(compiled, **x)
+    for timestep in (999.0, torch.tensor(999.0)):
+        x["timestep"] = timestep
+        assert torch.equal(run_unet(compiled, **x), expected)
+    with torch.inference_mode():
+        x["timestep"] = 999
+        close(expected, compiled(**x, return_dict=False)[0])
+
+
+def test_outputs_as_a_dataclass(compiled):
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs()).sample, run_unet(compiled, **inputs()))
+
+
+def test_sizes_are_recorded_one_by_one_and_the_oldest_goes(unet):
+    fast = mixdq_ao.compile(unet, max_graphs=2)
+    sizes = [{"batch": 1}, {"batch": 2}, {"batch": 1, "size": 24}]
+    for options in [*sizes, *sizes]:
+        x = inputs(**options)
+        close(run_unet(unet, **x), run_unet(fast, **x))
+        assert fast.recorded <= 2
+    # Graphs share their memory, and one's replay leaves the other's output alone.
+    first = run_unet(fast, **inputs(**sizes[2]))
+    kept = first.clone()
+    run_unet(fast, **inputs(**sizes[1]))
+    assert torch.equal(first, kept)
+
+
+def test_new_weights_are_recorded_again(unet):
+    fast, x = mixdq_ao.compile(unet), inputs()
+    before = run_unet(fast, **x)
+    layer = unet.conv_out
+    layer.weight = nn.Parameter(
+        MixDQTensor.from_float(
+            -layer.weight.dequantize(), act_scale=layer.weight.act_scale, act_zero_point=layer.weight.act_zero_point
+        ),
+        requires_grad=False,
+    )
+    close(run_unet(unet, **x), run_unet(fast, **x))
+    assert not torch.equal(before, run_unet(fast, **x))
+    unet.cpu()
+    unet.cuda()
+    close(run_unet(unet, **x), run_unet(fast, **x))
+
+
+def test_values_changed_in_place_need_no_new_recording(unet):
+    fast, x = mixdq_ao.compile(unet), inputs()
+    run_unet(fast, **x)
+    with torch.no_grad():
+        unet.conv_out.bias.add_(1)
+    close(run_unet(unet, **x), run_unet(fast, **x))
+
+
+def test_adapters_are_noticed(unet):
+    peft = pytest.importorskip("peft")
+    fast, x = mixdq_ao.compile(unet), inputs()
+    before = run_unet(fast, **x)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_in"], init_lora_weights=False), adapter_name="a")
+    unet.half().cuda()
+    for scale in (1.0, 0.25):
+        unet.set_adapters("a", scale)
+        close(run_unet(unet, **x), run_unet(fast, **x))
+    unet.disable_adapters()
+    close(before, run_unet(fast, **x))
+
+
+def test_static_output_without_copies(unet):
+    fast = mixdq_ao.compile(unet, copy_outputs=False)
+    first = run_unet(fast, **inputs(seed=1))
+    second = run_unet(fast, **inputs(seed=2))
+    assert first.data_ptr() == second.data_ptr()
+
+
+def test_without_graphs(unet):
+    fast, x = mixdq_ao.compile(unet, cuda_graphs=False), inputs()
+    close(run_unet(unet, **x), run_unet(fast, **x))
+    assert fast.recorded == 0
+
+
+def test_with_gradients_on_nothing_is_recorded(unet):
+    fast = mixdq_ao.compile(unet.requires_grad_(False))
+    fast(**inputs())
+    assert fast.recorded == 0
+    with pytest.raises(UnsupportedError, match="gradients are on"):
+        mixdq_ao.compile(unet, cuda_graphs=True)(**inputs())
+
+
+def test_a_floating_model():
+    unet, x = tiny_sdxl_unet(layers_per_block=1).cuda().half(), inputs()
+    fast = mixdq_ao.compile(unet)
+    close(run_unet(unet, **x), run_unet(fast, **x))
+    assert fast.recorded == 1
