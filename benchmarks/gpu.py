@@ -40,18 +40,23 @@ class Kernel:
     name: str
     max_splits: int = 1
 
-    def splits(self, layer: Layer, bits: int) -> list[int]:
-        """The splits in which it can do the layer; none where the library would ignore that it is forced."""
+    def splits(self, layer: Layer, bits: int, floating: bool = False) -> list[int]:
+        """The splits in which it can do the layer; none where the library would ignore that it is forced.
+
+        ``floating``: the layer is weight-only.
+        """
+        if self.name.endswith("_floating") != floating:
+            return []
         if self.name == "direct":
             return [1]
         packed = self.name.endswith("_packed")
-        reads_packed = packed or self.name == "few_rows"
+        reads_packed = packed or floating or self.name == "few_rows"
         channels = layer.k // layer.taps
         if (packed and bits == 8) or channels % (16 * 8 // bits if reads_packed else 16):
             return []
         if self.name == "few_rows" and (isinstance(layer, Conv) or layer.m > 16):
             return []
-        steps = layer.taps * -(-channels // 128)
+        steps = layer.taps * -(-channels // (64 if floating else 128))
         return [s for s in (1, 2, 4, 8) if s <= self.max_splits and s <= steps]
 
 
@@ -60,6 +65,8 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}", 8) for tile in ("64x80", "128x64", "64x64")),
     *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
+    Kernel("sm90_128x128_floating"),
+    Kernel("sm90_64x80_floating", 8),
     *(Kernel(f"sm80_{tile}") for tile in ("128x128", "128x64", "64x64", "64x16")),
     Kernel("few_rows"),
     Kernel("direct"),

@@ -52,6 +52,7 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
     several = [weight(c, k, bits) for c in (40, n, 1)]
     dynamic = (torch.rand(ROWS, 1), torch.randint(-9, 9, (ROWS, 1)).float(), w[0], w[1] * 0.1)
     weight_sum = torch.randint(-99, 99, (1, n), dtype=torch.int32)
+    floats, pixels = torch.randn(ROWS, k).half(), torch.randn(2, IMAGE_CHANNELS, 9, 13).bfloat16()
     steps, strided = ((1, 1), (0, 0), (1, 1)), ((2, 2), (0, 0), (2, 1))
     residual, columns = torch.randn(ROWS, n).half(), [list(v) for v in zip(*several, strict=True)]
     linear, conv = Linear(ROWS, n, k), Conv(2, 9, IMAGE_CHANNELS, n, 3)
@@ -64,17 +65,23 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
         "few rows": (Linear(5, n, k), call.linear_int8, (few, *w, bits, [k], half)),
         "conv2d": (conv, call.conv2d_int8, (image, *window, *steps, bits, [IMAGE_CHANNELS], half)),
         "conv2d, strided": (conv, call.conv2d_int8, (image, *window, *strided, bits, [IMAGE_CHANNELS], half)),
+        "linear, weight-only": (linear, call.linear_weight_only, (floats, w[0], w[1], w[3], bits, [k])),
+        "conv2d, weight-only": (
+            conv, call.conv2d_weight_only,
+            (pixels, window[0], window[1], None, (1, 1), (0, 0, 0, 0), (1, 1), bits, [IMAGE_CHANNELS]),
+        ),
         "conv2d of 4 channels": (Conv(2, 9, 4, 17, 3), call.conv2d_int8, (small, *narrow, *steps, bits, [4], half)),
     }  # fmt: skip
 
 
 def forced_products() -> Iterator[tuple[str, Kernel, int, Callable, tuple]]:
     for kernel in KERNELS:
-        widths = (4, 2) if kernel.name.endswith("_packed") else (8, 4)
+        widths = {"packed": (4, 2), "floating": (8, 4, 2)}.get(kernel.name.rpartition("_")[2], (8, 4))
         for bits in widths:
             for name, (layer, op, args) in products(bits).items():
+                able = kernel.splits(layer, bits, floating="weight-only" in name)
                 # First and last: not split, and split the most.
-                for splits in sorted({*kernel.splits(layer, bits)[:1], *kernel.splits(layer, bits)[-1:]}):
+                for splits in sorted({*able[:1], *able[-1:]}):
                     yield f"{kernel.name}:{splits} {name}, {bits} bits", kernel, splits, op, args
 
 

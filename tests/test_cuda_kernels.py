@@ -316,6 +316,51 @@ def test_random_problems(kernel, monkeypatch):
         pytest.fail(f"case {failed} of {kernel!r}: {describe(draw(kernel, failed))}")
 
 
+FLOATING = ["", "sm90_128x128_floating", *(f"sm90_64x80_floating:{splits}" for splits in (1, 2, 8))]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kernel", FLOATING)
+def test_weight_only(kernel, bits, monkeypatch):
+    """Against float64; every third case has channels or a dtype that only torch's own operators take."""
+    if kernel:
+        monkeypatch.setenv("MIXDQ_KERNEL", kernel)
+    rng, flags = random.Random(bits), []
+    for i in range(40):
+        dtype = torch.float32 if i % 6 == 5 else rng.choice(FLOATS[:2])
+        unit = rng.choice([8, 12]) if i % 6 == 2 else 128 // bits
+        groups = [unit * rng.randint(1, 12) for _ in range(rng.choice([1, 1, 2]))]
+        k, n, seed = sum(groups), rng.choice([1, 7, 80, 320, 333]), i
+        generator = torch.Generator("cuda").manual_seed(seed)
+        shape = (n, k, 3, 3) if i % 2 else (n, k)
+        codes = torch.randint(
+            -(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, device="cuda", generator=generator
+        )
+        scale = torch.rand(len(groups), n, device="cuda", generator=generator) * 0.01 + 0.001
+        bias = torch.randn(n, device="cuda", generator=generator) if i % 4 else None
+        ones = (1,) * (len(shape) - 1)
+        weight = torch.cat(
+            [c.double() * s.double().view(-1, *ones) for c, s in zip(codes.split(groups, 1), scale, strict=True)],
+            1,
+        )
+        if i % 2:
+            x = torch.randn(
+                rng.randint(1, 3), k, rng.randint(3, 20), rng.randint(3, 20), device="cuda", generator=generator
+            ).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last) if i % 4 == 1 else x
+            pad, stride = (1, 0, 1, 1), rng.choice([(1, 1), (2, 1)])
+            y = ops.conv2d_weight_only(x, pack(codes, bits, groups), scale, bias, stride, pad, (1, 1), bits, groups)
+            expected = F.conv2d(F.pad(x.double(), pad), weight, None if bias is None else bias.double(), stride)
+        else:
+            x = torch.randn(2, rng.choice([1, 40, 300]), k + 8, device="cuda", generator=generator).to(dtype)[..., 8:]
+            y = ops.linear_weight_only(x, pack(codes, bits, groups), scale, bias, bits, groups)
+            expected = F.linear(x.double(), weight, None if bias is None else bias.double())
+        assert y.dtype == dtype and y.shape == expected.shape
+        error = (y.double() - expected).norm() / expected.norm()
+        flags.append(error > {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-3}[dtype])
+    assert first_failure(flags) is None
+
+
 # --- SDXL -------------------------------------------------------------------------------------------------------------
 
 
