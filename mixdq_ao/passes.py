@@ -7,6 +7,7 @@ into the graph are the functions of the next section: AOTAutograd traces through
 """
 
 import operator
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -127,7 +128,10 @@ FUNCTIONS = (
 
 
 class FuseQuantizers(CustomGraphPass):
-    """For ``pre_grad_custom_pass``. ``hits`` counts what the last graph got; graphs from a cache are not seen here."""
+    """For ``pre_grad_custom_pass``. ``hits`` counts what the last graph got; graphs from a cache are not seen here.
+
+    A graph that writes into a tensor keeps its order: its layers are split, and ``hits["in_place"]`` says why no more.
+    """
 
     def __init__(self, passes: Passes | None = None):
         self.passes = passes or Passes()
@@ -135,10 +139,14 @@ class FuseQuantizers(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         self.hits = Counter()
+        in_place = sum(map(_writes, graph.nodes))
+        if in_place:
+            self.hits["in_place"] = in_place
         for name, rewrite in REWRITES.items():
-            if getattr(self.passes, name, True):
+            if name == "layers" or getattr(self.passes, name) and not in_place:
                 self.hits[name] = rewrite(graph, self.passes)
-                graph.eliminate_dead_code()  # what is left counts as a reader of its inputs
+                if not in_place:  # a write that nothing reads looks dead
+                    graph.eliminate_dead_code()  # what is left counts as a reader of its inputs
         graph.lint()
 
     def uuid(self) -> bytes:
@@ -149,8 +157,8 @@ def no_ops(graph: fx.Graph, passes: Passes) -> int:
     hits, silus = 0, {}
     for node in graph.nodes:
         same = _does_nothing(node)
-        if same is None and node.target is F.silu and not _has(node, "inplace", 1):
-            same = silus.setdefault(node.args[0], node)
+        if same is None and node.target is F.silu:
+            same = silus.setdefault(_input(node), node)
         if same is not None and same is not node:
             hits += 1
             node.replace_all_uses_with(same)
@@ -160,9 +168,9 @@ def no_ops(graph: fx.Graph, passes: Passes) -> int:
 
 def _does_nothing(node: fx.Node) -> fx.Node | None:
     """The input of a node that returns it as it is."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
+    x = _input(node)
+    if not isinstance(x, fx.Node):
         return None
-    x = node.args[0]
     if node.target is F.dropout:
         nothing = _has(node, "p", 1, 0.5) == 0 or not _has(node, "training", 2, True)
     elif node.target is operator.truediv:
@@ -340,11 +348,11 @@ def _geglu_input(product: fx.Node) -> fx.Node | None:
     if product.target is not operator.mul or not all(isinstance(a, fx.Node) for a in product.args):
         return None
     for value, gelu in (product.args, product.args[::-1]):
-        gate = gelu.args[0] if gelu.target is F.gelu and _has(gelu, "approximate", 1, "none") == "none" else None
+        gate = _input(gelu) if gelu.target is F.gelu and _has(gelu, "approximate", 1, "none") == "none" else None
         halves = [half.args for half in (value, gate) if half is not None and half.target is operator.getitem]
         if len(halves) == 2 and halves[0][0] is halves[1][0] and [half[1] for half in halves] == [0, 1]:
             chunk = halves[0][0]
-            x = chunk.args[0]
+            x = _input(chunk)
             last = _has(chunk, "dim", 2, 0) in (-1, len(_value(x).shape) - 1)
             if chunk.target in ("chunk", torch.chunk) and _has(chunk, "chunks", 1) == 2 and last:
                 return x
@@ -366,8 +374,8 @@ def group_norm(graph: fx.Graph, passes: Passes) -> int:
                 continue
         elif not _only_quantized(x):
             continue
-        silu = x.target is F.silu and not _has(x, "inplace", 1) and _single(x.args[0])
-        norm = x.args[0] if silu else x
+        silu = x.target is F.silu and _single(_input(x))
+        norm = _input(x) if silu else x
         if norm.target is not F.group_norm or len(_value(norm).shape) != 4:
             continue
         hits += 1
@@ -435,6 +443,26 @@ def _dtype(node: fx.Node):
 def _has(node: fx.Node, name: str, position: int, default=None):
     """An argument of a call, wherever it stands."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _input(node: fx.Node):
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that it is given."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == operator.add.__module__:
+        return name in _WRITING_OPERATORS
+    inplace = node.kwargs.get("inplace") or node.target is F.silu and _has(node, "inplace", 1)
+    return bool(inplace or "out" in node.kwargs or name == "__setitem__" or re.fullmatch(r"(?!__).*[^_]_", name))
+
+
+_WRITING_OPERATORS = {"setitem", "delitem"} | {
+    f"i{name}" for name in "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
+}
 
 
 def _is_input(node: fx.Node) -> bool:

@@ -405,6 +405,56 @@ def test_a_norm_that_is_read_elsewhere_stays():
     assert backend.fuse.hits["layer_norm"] == 0 and backend.calls["layer_norm"] == 1
 
 
+def add_in_place(x, y):
+    x += y
+
+
+def write_slice(x, y):
+    x[:, 0] = y[:, 0]
+
+
+WRITES = [
+    torch.Tensor.add_,
+    torch.Tensor.copy_,
+    add_in_place,
+    write_slice,
+    lambda x, y: torch.add(x, y, out=x),
+    lambda x, y: F.relu(x, inplace=True),
+    lambda x, y: F.silu(x, True),
+    lambda x, y: x[..., :3].zero_(),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_nothing_is_shared_or_moved_over_a_write(write):
+    """The same tensor holds other values before and after it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = static(nn.Linear(16, 16)), static(nn.Linear(16, 16))
+            self.a.weight.act_group = self.b.weight.act_group = 0
+
+        def forward(self, x):
+            x = x * 1.5
+            y = F.layer_norm(x, (16,))
+            first = self.a(x)
+            write(x, first)
+            return first + self.b(x) + self.a(y)
+
+    hits = check(Model(), noise(2, 5, 16)).fuse.hits
+    assert set(hits) == {"in_place", "layers"}
+
+
+def test_inputs_by_keyword():
+    def run(x):
+        a, b = torch.chunk(input=layer(F.layer_norm(input=x, normalized_shape=(16,))), chunks=2, dim=-1)
+        return half(a * F.gelu(input=F.dropout(input=F.silu(input=b), p=0.0)))
+
+    layer, half = static(nn.Linear(16, 16)), static(nn.Linear(8, 8))
+    assert check(run, noise(2, 5, 16)).fuse.hits["layer_norm"] == 1
+
+
 def test_errors_are_those_of_eager():
     with pytest.raises(Exception, match="must be 16"):
         compiled(static(nn.Linear(16, 8)))[0](noise(2, 15))
