@@ -203,6 +203,7 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
   const int ahead = min(C::kStages, r.count);
   for (int i = 0; i < ahead; ++i) load_weight(p, sm, i, t, r.begin + i);
   wait_for_previous();
+  let_next_start();  // its weights may come while this one multiplies
   Turn<C> turn;
   bool warm = true;
   for (int index = first; index < tiles; index += stride) {
@@ -217,7 +218,6 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
     }
     warm = false;
   }
-  let_next_start();
 }
 
 // Eight 4-bit codes to bytes, in order, each in the high half.
