@@ -313,9 +313,17 @@ __device__ __forceinline__ void release(const Shared<C>& sm, int stage) {
   if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(sm.empty(stage));
 }
 
-// The sums of one tile, or of this block's share of them.
+__device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarrier::sync(kGroup, 1 + group); }
+
+// Ping-pong: a group begins to multiply when the other one has seen the last stage of its own tile. A stage's barrier
+// tells only whether its uses so far are even or odd, so nobody may wait for a use while the one before is outstanding.
+__device__ __forceinline__ void await_turn(int group) { cutlass::arch::NamedBarrier::sync(2 * kGroup, 3 + group); }
+__device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 3 + group); }
+
+// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one.
 template <class C>
-__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums) {
+__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
+                                         int next = -1) {
   int before = 0;
   for (int k = 0; k < count; ++k) {
     FullBarrier::wait(sm.full(turn.stage), turn.phase);
@@ -338,6 +346,7 @@ __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int
     before = turn.stage;
     turn.step();
   }
+  if (next >= 0) pass_turn(next);
   cute::warpgroup_wait<0>();
   fence_sums<C>(sums);
   release(sm, before);
@@ -573,8 +582,6 @@ __device__ __forceinline__ void start_barriers(const Shared<C>& sm) {
   __syncthreads();
 }
 
-__device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarrier::sync(kGroup, 1 + group); }
-
 template <class C>
 __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm) {
   const int rank = blockIdx.x % p.splits, index = blockIdx.x / p.splits;
@@ -652,7 +659,9 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     columns.fill(p.weights[t.weight], t.n0, threadIdx.x % kGroup, kGroup);
     sync_group(group);
     Sums<C> sums;
-    multiply(sm, turn, r.count, row0, sums);
+    if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
+    const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
+    multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
     if (p.out_type == Float::f32) {
       write_float<C>(p, t, row0, columns, sums);
     } else {
