@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -36,3 +37,22 @@ def track(items: Iterable[T], text: str, total: int | None = None, show: bool | 
     finally:
         if started:
             bar.stop()
+
+
+@contextmanager
+def between(total: int, show: bool | None = None) -> Iterator[Callable[[str, int], None]]:
+    """Yields ``advance(text, count)``, which draws a bar on stderr when it is called and at no other time.
+
+    For measurements: a bar that draws itself takes the interpreter from what is measured. ``show`` is as for
+    :func:`track`, but without the delay.
+    """
+    if show is False or (show is None and not sys.stderr.isatty()):
+        yield lambda text, count=1: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, count=1: bar.update(task, description=text, advance=count, refresh=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixdq_ao.progress import track
+from mixdq_ao.progress import between, track
 
 
 @pytest.mark.parametrize("show", [True, False, None], ids=["always", "never", "after two seconds on a terminal"])
@@ -21,3 +21,13 @@ def test_bar_goes_to_stderr(capfd, monkeypatch):
     list(track(range(3), "Counting", show=True))
     out, err = capfd.readouterr()
     assert out == "" and "Counting" in err and "3/3" in err
+
+
+def test_a_bar_between_measurements(capfd, monkeypatch):
+    with between(3) as advance:
+        advance("Measuring", 1)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with between(3, show=True) as advance:
+        advance("Measuring w8a8", 1)
+    assert "Measuring w8a8" in capfd.readouterr().err
