@@ -464,6 +464,87 @@ def _print_evaluation(result) -> None:
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(help="sdxl or a UNet's config.json (random weights), tiny-sdxl, or a pipeline or UNet folder."),
+    ] = "sdxl",
+    size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 512,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Pictures at a time; repeatable. [default: 1]")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Names with commas between: float, w8a8, ... [default: all but max-autotune]")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls or replays before them.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="JSON file, written after each variant.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A bit plan of the weights, as one more variant.")] = None,
+    device: DeviceOption = "",
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32. [default: fp16 on a GPU, fp32 on a CPU]")] = "",
+    compile: Annotated[bool, typer.Option(help="Compile quantized variants.")] = True,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many transformer layers in each block, for a quick look.")
+    ] = None,
+    channels_last: Annotated[bool, typer.Option(help="Memory format of convolutions, for all variants.")] = True,
+    cold: Annotated[bool, typer.Option(help="Compile each variant with empty caches.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that OUT has.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder for a trace of one step of each variant; calls nsys and ncu if there.")
+    ] = None,
+    memory_snapshot: Annotated[
+        Path | None, typer.Option(help="Pickle of CUDA's allocations; a variant's name is put before the suffix.")
+    ] = None,
+    step_only: Annotated[bool, typer.Option("--step-only", hidden=True)] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure latency and memory of a UNet, floating and quantized, one variant after the other.
+
+    Latencies are a CUDA graph's replays on a GPU and calls on a CPU. A variant that cannot run is a row with its
+    reason. Stopped at any point, the same command with --resume goes on where it was.
+    """
+    import torch
+
+    from mixdq_ao import bench as library
+    from mixdq_ao._quiet import quiet_pipelines
+
+    quiet_pipelines()
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = [name.strip() for name in variants.split(",") if name.strip()]
+    options = {"size": size, "device": where, "dtype": dtype or None, "plan": plan, "compile": compile,
+               "layers": layers, "channels_last": channels_last, "seed": seed}  # fmt: skip
+    if step_only:
+        library.run_step(model, names[0], (batch or [1])[0], **options)
+        return
+    if out is not None and out.exists() and not (resume or force):
+        raise MixDQError(f"{out} exists; give --resume to go on from it, or --force to replace it")
+    result = library.run_bench(
+        model,
+        batches=batch or [1],
+        variants=names or None,
+        repeats=repeats,
+        warmup=warmup,
+        cold=cold,
+        out=out,
+        resume=resume,
+        profile=profile,
+        memory_snapshot=memory_snapshot,
+        progress=False if json else None,
+        **options,
+    )
+    if plot is not None:
+        library.write_plot(result, plot)
+    if json:
+        print(jsonlib.dumps(result.to_json(), indent=1))
+        return
+    title, header, rows, lines = library.table(result)
+    _print_table(title, header, rows)
+    for line in lines:
+        _console().print(escape(line), soft_wrap=True, highlight=False)
+
+
+@app.command()
 def doctor(
     layer: Annotated[
         str, typer.Option(help="M,N,K[,TAPS]: which kernel runs a layer of m rows, n outputs and k = channels x taps.")

@@ -39,6 +39,10 @@ compiling
 <method>
 report
 auto demo doctor
+bench.timing bench.inputs bench.models bench.variants bench.tracing
+bench.results
+bench.run bench.plot
+bench
 cli
 __main__
 """

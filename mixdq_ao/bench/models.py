@@ -1,0 +1,135 @@
+"""The models to measure: SDXL's architecture or another with random weights, or a stored UNet."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mixdq_ao.errors import MixDQError, UnsupportedError
+from mixdq_ao.files import parse_json, read_text
+from mixdq_ao.pipelines import TINY
+from mixdq_ao.tiny_model import TINY_SDXL
+
+SDXL = "sdxl"
+SDXL_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+LATENT_SCALE = 8  # pixels of a latent pixel's side, where no VAE says so
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. ``build(dtype, device)`` makes it anew, with the same weights each time.
+
+    ``latent_scale``: how many pixels of a picture one of the UNet's input stands for, along a side.
+    """
+
+    name: str
+    build: Callable[[torch.dtype, torch.device], nn.Module]
+    latent_scale: int = LATENT_SCALE
+
+
+def find_model(name: str, layers: int | None = None, seed: int = 0) -> Source:
+    """``sdxl``, ``tiny-sdxl``, a diffusers UNet's ``config.json`` (random weights), or a pipeline or UNet with weights:
+    a folder, or a Hub name in the local cache.
+
+    ``layers``: at most that many transformer layers in each block, for random weights only. Nothing is downloaded.
+    Raises ``MixDQError`` for a name that is not there.
+    """
+    if name == SDXL or name.endswith(".json"):
+        config = SDXL_CONFIG if name == SDXL else _read_config(name)
+        return Source(name, _random(_with_layers(config, layers), seed))
+    if layers is not None:
+        raise MixDQError(f"--layers leaves out layers of {SDXL} or of a config.json; {name} has weights for all of its")
+    return _stored(name, TINY_SDXL if name == TINY else name)
+
+
+def _read_config(path: str) -> dict:
+    config = parse_json(path, "", read_text(path))
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise MixDQError(f"{path}: must be the config.json of a diffusers UNet, with its _class_name")
+    return config
+
+
+def _with_layers(config: Mapping, layers: int | None) -> dict:
+    key = "transformer_layers_per_block"
+    if layers is None:
+        return dict(config)
+    depth = config.get(key, 1)
+    shorter = min(depth, layers) if isinstance(depth, int) else [min(d, layers) for d in depth]
+    return {**config, key: shorter}
+
+
+def _model_class(config: Mapping, name: str):
+    import diffusers
+
+    found = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise UnsupportedError(f"{name}: a UNet of diffusers can be measured; found {config.get('_class_name')!r}")
+    return found
+
+
+def _random(config: Mapping, seed: int) -> Callable[[torch.dtype, torch.device], nn.Module]:
+    """Builds on the device and in the dtype at once: no copy of the weights is ever made elsewhere."""
+
+    def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
+        model_class = _model_class(config, SDXL)
+        before = torch.get_default_dtype()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            torch.set_default_dtype(dtype)
+            try:
+                with device:
+                    model = model_class.from_config(dict(config))
+            finally:
+                torch.set_default_dtype(before)
+        return model.eval().requires_grad_(False)
+
+    return build
+
+
+def _stored(name: str, where: str | os.PathLike) -> Source:
+    where = os.fspath(where)
+    in_pipeline = _config_of(where, "unet")
+    config = in_pipeline or _config_of(where, None)
+    if config is None:
+        raise MixDQError(
+            f"{name}: not '{SDXL}', '{TINY}' or a config.json, and no diffusers pipeline or UNet on this machine. Give "
+            "a folder, or download it first: huggingface-cli download <name>"
+        )
+    model_class = _model_class(config, name)
+    subfolder = {"subfolder": "unet"} if in_pipeline else {}
+
+    def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
+        model = model_class.from_pretrained(where, torch_dtype=dtype, local_files_only=True, **subfolder)
+        return model.to(device).eval().requires_grad_(False)
+
+    vae = _config_of(where, "vae") if in_pipeline else None
+    channels = (vae or {}).get("block_out_channels")
+    return Source(name, build, 2 ** (len(channels) - 1) if channels else LATENT_SCALE)
+
+
+def _config_of(where: str, subfolder: str | None) -> dict | None:
+    from diffusers import UNet2DConditionModel
+
+    if Path(where).is_dir() and not (Path(where) / (subfolder or "") / "config.json").is_file():
+        return None
+    try:
+        return UNet2DConditionModel.load_config(where, subfolder=subfolder, local_files_only=True)
+    except (OSError, ValueError):
+        return None

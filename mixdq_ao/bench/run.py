@@ -1,0 +1,367 @@
+"""``run_bench``: measures variants one after the other, each from fresh memory, and keeps what is done."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mixdq_ao import families
+from mixdq_ao.bench import timing, tracing
+from mixdq_ao.bench.inputs import make_inputs
+from mixdq_ao.bench.models import SDXL, Source, find_model
+from mixdq_ao.bench.results import Results, Row, Settings, agreement
+from mixdq_ao.bench.variants import (
+    COMPILED,
+    DTYPES,
+    Prepared,
+    Variant,
+    default_names,
+    float_name,
+    parse_variants,
+)
+from mixdq_ao.calibrate import observe
+from mixdq_ao.doctor import examine
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.evaluate import sqnr
+from mixdq_ao.files import first_line
+from mixdq_ao.memory import measure_memory
+from mixdq_ao.progress import between
+
+# Ranges of activations are taken from that many pictures: enough to see that the first token is always the same.
+CALIBRATION_BATCH = 2
+
+
+def run_bench(
+    model: str = SDXL,
+    *,
+    size: int = 512,
+    batches: Sequence[int] = (1,),
+    variants: Sequence[str] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    plan: str | os.PathLike | None = None,
+    compile: bool = True,
+    layers: int | None = None,
+    channels_last: bool = True,
+    repeats: int = 20,
+    warmup: int = 3,
+    cold: bool = True,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+    profile: str | os.PathLike | None = None,
+    memory_snapshot: str | os.PathLike | None = None,
+    progress: bool | None = None,
+) -> Results:
+    """Measure latency, memory and agreement of a UNet's variants on random inputs.
+
+    Args:
+        model: see :func:`mixdq_ao.bench.models.find_model`
+        variants: names, see :data:`mixdq_ao.bench.variants.NAMES`; ``compile`` False measures quantized ones eagerly
+        dtype: "fp16", "bf16" or "fp32"; fp16 on a GPU and fp32 on a CPU by default
+        plan: a bit plan of the weights, with 8-bit activations, as one more variant
+        layers: at most so many transformer layers in each block, for random weights
+        channels_last: memory format of convolution weights and of the input, for every variant alike
+        cold: compile every variant with empty caches, so that the seconds it takes say something
+        out: a JSON file, written after each variant; ``resume`` keeps the rows that it has
+        profile: a folder for a trace of one step of each variant, and for what nsys and ncu say where they are
+        memory_snapshot: a pickle of CUDA's allocations, one for each variant, for the first batch size
+
+    A variant that fails (not supported here, out of memory) becomes a row that says why. Raises ``MixDQError`` for
+    arguments that cannot be followed.
+    """
+    bench = _Bench(
+        model, batches, variants, size=size, device=device, dtype=dtype, plan=plan, compile=compile, layers=layers,
+        channels_last=channels_last, repeats=repeats, warmup=warmup, cold=cold, seed=seed, profile=profile,
+        snapshot=memory_snapshot,
+    )  # fmt: skip
+    return bench.run(None if out is None else Path(out), resume, progress)
+
+
+def run_step(model: str, variant: str, batch: int, **options) -> None:
+    """One step of a variant for nsys and ncu, which look at nothing before it.
+
+    ``options``: size, device, dtype, plan, compile, layers, channels_last and seed, as for :func:`run_bench`.
+    """
+    _Bench(model, [batch], [variant], repeats=1, warmup=1, cold=False, **options).step()
+
+
+class _Bench:
+    """Checked arguments of a run, and its parts."""
+
+    def __init__(
+        self, model, batches, variants, *, size, device, dtype, plan, compile, layers, channels_last, repeats, warmup,
+        cold, seed, profile=None, snapshot=None,
+    ):  # fmt: skip
+        self.device = _device(device)
+        if dtype is not None and dtype not in DTYPES:
+            raise MixDQError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
+        self.dtype = DTYPES[dtype or ("fp16" if self.device.type == "cuda" else "fp32")]
+        self.batches = sorted(set(batches))
+        for what, values in (("batch", self.batches), ("repeats", [repeats]), ("size", [size])):
+            if not values or min(values) < 1:
+                raise MixDQError(f"{what} must be at least 1; found {values}")
+        self.source: Source = find_model(model, layers, seed)
+        if size % self.source.latent_scale:
+            raise MixDQError(f"size must be a multiple of {self.source.latent_scale} pixels; found {size}")
+        plan = None if plan is None else os.fspath(plan)
+        self.variants = parse_variants(
+            variants or default_names(self.device, compile, plan is not None), self.dtype, plan, layers is None, compile
+        )
+        self.settings = Settings(
+            model, size, float_name(self.dtype), str(self.device), plan, layers, channels_last, repeats, warmup, cold,
+            seed,
+        )  # fmt: skip
+        self.compile = compile
+        self.profile, self.snapshot = (None if path is None else Path(path) for path in (profile, snapshot))
+        if self.snapshot and self.device.type != "cuda":
+            raise MixDQError(
+                "a memory snapshot shows what CUDA's allocator did, and this run is on a CPU. Leave it out"
+            )
+
+    def run(self, out: Path | None, resume: bool, progress: bool | None) -> Results:
+        results = self._start(out, resume)
+        kept = {(r.variant, r.batch): r for r in results.rows if not r.error}
+        todo = [v for v in self.variants if any((v.name, b) not in kept for b in self.batches)]
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        steps = len(todo) * len(self.batches) + 1
+        with self._state(), between(steps, progress) as self.advance:
+            prepared = self._prepare() if todo else Prepared()
+            for variant in todo:
+                rows = self._variant(variant, prepared, started)
+                kept.update({(r.variant, r.batch): r for r in rows})
+                results.rows = _ordered(kept, self.variants, self.batches)
+                if out is not None:
+                    results.write(out)
+        if self.profile:
+            results.notes += self._call_tools([v for v in todo if not kept[v.name, self.batches[0]].error])
+            if out is not None:
+                results.write(out)
+        return results
+
+    def step(self) -> None:
+        self.advance = lambda text, count=1: None
+        with self._state():
+            prepared = self._prepare()
+            model, run = self._built(self.variants[0], prepared)
+            inputs = self._inputs(model, self.batches[0])
+            for _ in range(timing.WARM_UP_CALLS):
+                run(**inputs)
+            with tracing.profiled(self.device), tracing.marked(self.variants[0].name, self.device):
+                run(**inputs)
+
+    def _start(self, out: Path | None, resume: bool) -> Results:
+        environment = {f.name: f.value for f in examine()}
+        results = Results(self.settings, environment, float_name(self.dtype) + COMPILED)
+        if not resume or out is None or not out.exists():
+            return results
+        before = Results.read(out)
+        if (before.settings, before.environment) != (results.settings, environment):
+            mine = {**vars(results.settings), **environment}
+            other = [
+                key for key, value in {**vars(before.settings), **before.environment}.items() if value != mine.get(key)
+            ]
+            raise MixDQError(
+                f"{out}: measured with other settings or on another machine ({', '.join(other)} differ), so its rows "
+                "cannot be kept. Give another file, or the same settings"
+            )
+        return before
+
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[None]:
+        """Settings of the process while measuring: no gradients, this device, and cuDNN's choice by measurement."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        try:
+            with torch.no_grad(), device:
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    def _model(self) -> nn.Module:
+        model = self.source.build(self.dtype, self.device)
+        return model.to(memory_format=torch.channels_last) if self.settings.channels_last else model
+
+    def _inputs(self, model: nn.Module, batch: int) -> dict:
+        s = self.settings
+        return make_inputs(
+            model, batch, s.size, self.source.latent_scale, self.dtype, self.device, s.channels_last, s.seed
+        )
+
+    def _prepare(self) -> Prepared:
+        """Calibrate and keep the floating outputs, all from one floating model that is gone afterwards."""
+        self.advance("calibrating", 0)
+        model, prepared = self._model(), Prepared()
+        for name, layer in families.layers_of(model).items():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(_count_rows(prepared.rows, name))
+        if any(v.quantize for v in self.variants):
+            with observe(model) as recorder:
+                model(**self._inputs(model, CALIBRATION_BATCH))
+            prepared.params = recorder.params()
+        for batch in self.batches:
+            # What does not fit floating may fit quantized.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                prepared.outputs[batch] = model(**self._inputs(model, batch))[0].float().cpu()
+        del model
+        _release(self.device)
+        self.advance("calibrated", 1)
+        return prepared
+
+    def _variant(self, variant: Variant, prepared: Prepared, started: str) -> list[Row]:
+        """Rows of one variant. Whatever goes wrong is a row's error: the other variants are still to be measured."""
+        rows: list[Row] = []
+        self.advance(variant.name, 0)
+        try:
+            with _caches(self.settings.cold), tracing.marked(variant.name, self.device):
+                rows = self._rows(variant, prepared, started)
+        finally:
+            if self.snapshot:
+                tracing.stop_snapshot()
+            _release(self.device)
+        return rows
+
+    def _rows(self, variant: Variant, prepared: Prepared, started: str) -> list[Row]:
+        rows = []
+        base = _allocated(self.device)
+        if self.snapshot:
+            tracing.start_snapshot()
+        try:
+            model, run = self._built(variant, prepared)
+        except Exception as error:
+            self.advance(variant.name, len(self.batches))
+            return [Row(variant.name, batch, started, _reason(error)) for batch in self.batches]
+        for batch in self.batches:
+            try:
+                measured = self._row(variant, model, run, batch, prepared, base)
+                rows.append(Row(variant.name, batch, started, **measured))
+            except Exception as error:
+                rows.append(Row(variant.name, batch, started, _reason(error)))
+            self.advance(variant.name, 1)
+        return rows
+
+    def _built(self, variant: Variant, prepared: Prepared) -> tuple[nn.Module, Callable]:
+        model = self._model()
+        if variant.quantize is not None:
+            variant.quantize(model, prepared)
+        return model, model if variant.compile is None else variant.compile(model)
+
+    def _row(self, variant, model, run, batch: int, prepared: Prepared, base: int) -> dict:
+        """The numbers of a row. Memory comes before the CUDA graph, which has a pool of its own."""
+        inputs, device, s = self._inputs(model, batch), self.device, self.settings
+        first = batch == self.batches[0]
+
+        def call():
+            return run(**inputs)[0]
+
+        with tracing.marked(f"{variant.name} first call", device):
+            first_ms, output = timing.timed(call, device)
+        for _ in range(s.warmup):
+            output = call()
+        found: dict = {"compile_s": None if variant.compile is None else first_ms / 1e3}
+        memory = measure_memory(model, call)
+        found |= {"static": memory.static, "activation": memory.activation}
+        if device.type == "cuda":
+            del output
+            gc.collect()
+            found["held"] = _allocated(device) - base
+        if self.snapshot and first:
+            tracing.write_snapshot(tracing.for_variant(self.snapshot, variant.name))
+        if self.profile and first:
+            tracing.write_trace(call, self.profile / f"{variant.name}.json.gz", device)
+        name = f"{variant.name}, batch {batch}"
+
+        def tick(done: int) -> None:
+            self.advance(f"{name}, {done} of {s.repeats} calls", 0)
+
+        with tracing.marked(name, device):
+            times = timing.time_calls(call, s.repeats, device, tick)
+        if device.type == "cuda":
+            found["call_ms"] = times.median
+            graph, output = timing.capture(call)
+            with tracing.marked(f"{name}, graph", device):
+                times = timing.time_replays(graph, s.repeats, s.warmup)
+        found["latency"] = times
+        if batch in prepared.outputs:
+            found |= agreement(sqnr(prepared.outputs[batch], output.float().cpu()))
+        return found
+
+    def _call_tools(self, variants: list[Variant]) -> list[str]:
+        """nsys and ncu, each on one step of each variant, where they are."""
+        notes = []
+        for variant in variants:
+            commands = tracing.tool_commands(
+                self.profile / variant.name, [*self._arguments(), "--variants", variant.asked]
+            )
+            for tool, command in commands.items():
+                reason = tracing.call_tool(command)
+                outcome = f"failed ({reason})" if reason else "done"
+                notes.append(f"{tool} of {variant.name}: {outcome}: {' '.join(command)}")
+        return notes
+
+    def _arguments(self) -> list[str]:
+        s = self.settings
+        arguments = [s.model, "--size", s.size, "--batch", self.batches[0], "--dtype", s.dtype, "--device", s.device]
+        arguments += ["--seed", s.seed, *(("--plan", s.plan) if s.plan else ())]
+        arguments += ["--layers", s.layers] if s.layers is not None else []
+        arguments += ["--compile" if self.compile else "--no-compile"]
+        arguments += ["--channels-last" if s.channels_last else "--no-channels-last"]
+        return [str(a) for a in arguments]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MixDQError(f"device must be cpu or cuda; found {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise MixDQError(f"device must be cpu, or cuda where torch sees a GPU; found {name!r}")
+    return device
+
+
+def _count_rows(rows: dict[str, int], name: str):
+    def hook(module, args):
+        found = args[0].numel() // args[0].shape[-1]
+        rows[name] = min(found, rows.get(name, found))
+
+    return hook
+
+
+def _ordered(kept: dict[tuple[str, int], Row], variants: list[Variant], batches: list[int]) -> list[Row]:
+    """In the order of this run's variants; rows that only an earlier run measured come last."""
+    asked = [(v.name, b) for v in variants for b in batches]
+    return [kept[key] for key in [*asked, *(key for key in kept if key not in asked)] if key in kept]
+
+
+@contextlib.contextmanager
+def _caches(cold: bool) -> Iterator[None]:
+    if not cold:
+        yield
+        return
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        yield
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _release(device: torch.device) -> None:
+    """Compiled code holds on to the weights it was made for."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
