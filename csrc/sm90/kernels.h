@@ -1,6 +1,6 @@
 // The instances of matmul.cuh, one file each: tile rows x tile columns.
 #pragma once
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace mixdq {
 
