@@ -244,6 +244,12 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())[:m, :n]
 
 
+def _as_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y [rows, out]`` as ``[..., out]``. No view: Dynamo guards what a view was taken from, and would compile again
+    for a layer's output that is none."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
 def _split(x: Tensor, input_groups, dim: int):
     return (x,) if len(input_groups) == 1 else x.split(list(input_groups), dim)
 
@@ -268,7 +274,8 @@ def _multiply(parts, weights, alpha: Tensor, offset: Tensor, residual: Tensor | 
 
 
 def _offset(beta: Tensor, bias: Tensor | None) -> Tensor:
-    return beta if bias is None else beta + bias.float()
+    # Detached, for exported programs that run where gradients are on: there is no backward pass to record.
+    return beta if bias is None else beta + bias.detach().float()
 
 
 def _check_residual(residual: Tensor | None, shape) -> None:
@@ -283,7 +290,7 @@ def _check_residual(residual: Tensor | None, shape) -> None:
 def _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype, residual=None):
     out = torch.empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype, device=xq.device)
     _check_residual(residual, out.shape)
-    rows = None if residual is None else residual.reshape(-1, out.shape[-1])
+    rows = None if residual is None else residual.detach().reshape(-1, out.shape[-1])
     _linear_into(out.view(-1, out.shape[-1]), xq, qdata, alpha, _offset(beta, bias), bits, input_groups, rows)
     return out
 
@@ -337,7 +344,7 @@ def _linear_int8_dynamic(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bi
         y = term if y is None else y.add_(term)
     if bias is not None:
         y.add_(bias)
-    return y.to(out_dtype).view(*xq.shape[:-1], qdata.shape[0])
+    return _as_rows_of(xq, y.to(out_dtype))
 
 
 @_fake("linear_int8_dynamic")
@@ -454,7 +461,7 @@ def _linear_weight_only(x, qdata, scale, bias, bits, input_groups):
     weight = dequantize(qdata, scale, bits, input_groups, x.dtype)
     # As rows and contiguous, so that the output's strides do not depend on the input's.
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
-    return y.contiguous().view(*x.shape[:-1], qdata.shape[0])
+    return _as_rows_of(x, y.contiguous())
 
 
 @_fake("linear_weight_only")

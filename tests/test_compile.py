@@ -3,13 +3,17 @@
 ``mixdq_ao.compile`` has its own tests; these hold for plain ``torch.compile``.
 """
 
+import copy
+
 import pytest
 import torch
 from models import quantize_by_hand, run_unet, tiny_sdxl_unet, unet_inputs
+from pipelines import micro_unet
 from reference import assert_same, sqnr
 from torch import nn
 from torch._dynamo.utils import counters
 
+from mixdq_ao import MixDQConfig, quantize_
 from mixdq_ao.tensor import MixDQTensor
 
 STATIC = {"act_scale": 0.03, "act_zero_point": -20.0}
@@ -148,10 +152,36 @@ def test_unet_recompiles_for_nothing_but_a_size(unet):
     assert graphs() == 2
 
 
-def test_unet_exports(unet):
-    inputs = unet_inputs()
-    program = torch.export.export(unet, (), {**inputs, "return_dict": False})
-    assert_same(program.module()(**inputs, return_dict=False)[0], run_unet(unet, **inputs))
+@pytest.mark.parametrize("kind", ["static", "dynamic", "weight-only"])
+def test_unet_compiles_block_by_block(kind, unet):
+    """diffusers' regional compilation: a graph for all blocks, another for all their sizes, a third for batches."""
+    if kind == "static":
+        unet = copy.deepcopy(unet)
+    else:
+        unet = tiny_sdxl_unet(layers_per_block=1)
+        quantize_(unet, MixDQConfig(act_bits=8 if kind == "dynamic" else None))
+    asked = [unet_inputs(size=16), unet_inputs(size=24), unet_inputs(batch=2), unet_inputs(batch=3)]
+    expected = [run_unet(unet, **inputs) for inputs in asked]
+    unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    counts = []
+    for inputs, y in zip(asked, expected, strict=True):
+        assert_same(run_unet(unet, **inputs), y)
+        counts.append(graphs())
+    assert counts == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("kind, bits", [("static", 4), ("dynamic", 8), ("weight-only", 4)])
+def test_unet_exports(kind, bits, tmp_path):
+    """Saved, loaded and run where gradients are on, though its biases would like some."""
+    unet = micro_unet()
+    inputs = unet_inputs(size=8)
+    if kind == "static":
+        quantize_by_hand(unet, lambda: unet(**inputs), bits)
+    else:
+        quantize_(unet, MixDQConfig(weight_bits=bits, act_bits=8 if kind == "dynamic" else None))
+    torch.export.save(torch.export.export(unet, (), {**inputs, "return_dict": False}), tmp_path / "unet.pt2")
+    program = torch.export.load(tmp_path / "unet.pt2")
+    assert_same(program.module()(**inputs, return_dict=False)[0].detach(), run_unet(unet, **inputs))
 
 
 def test_unet_under_inductor(unet):
