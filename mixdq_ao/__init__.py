@@ -6,9 +6,11 @@ from mixdq_ao._version import __version__
 with quiet_torchao_import():
     from mixdq_ao.calibrate import calibrate, observe
     from mixdq_ao.checkpoint import QuantParams
+    from mixdq_ao.compile_cache import load_compile_cache, save_compile_cache
     from mixdq_ao.compiling import compile
     from mixdq_ao.config import MixDQConfig, MixDQLayerConfig, quantize_
     from mixdq_ao.errors import CheckpointError, MixDQError, PlanError, UnsupportedError
+    from mixdq_ao.exporting import export, load_exported
     from mixdq_ao.integrations import register
     from mixdq_ao.model_file import load, save
     from mixdq_ao.passes import Passes
@@ -31,10 +33,14 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile",
+    "export",
     "load",
+    "load_compile_cache",
+    "load_exported",
     "observe",
     "quantize_",
     "save",
+    "save_compile_cache",
     "summary",
 ]
 

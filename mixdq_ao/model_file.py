@@ -70,7 +70,7 @@ def save(model: nn.Module, path, *, metadata: dict[str, str] | None = None) -> N
             tensors[name] = value
     values = {
         "class_name": type(model).__name__,
-        "config": _config(model),
+        "config": config_of(model),
         "quantized": quantized,
         "reasons": {name: m.mixdq_reason for name, m in model.named_modules() if hasattr(m, "mixdq_reason")},
         "own": own,
@@ -108,7 +108,7 @@ def _attributes(weight: MixDQTensor) -> dict:
     }
 
 
-def _config(model: nn.Module) -> dict | None:
+def config_of(model: nn.Module) -> dict | None:
     """The constructor's arguments of a model that ``load`` can build, else None."""
     if type(model).__name__ not in MODEL_CLASSES or not hasattr(model, "config"):
         return None

@@ -35,7 +35,7 @@ summary
 integrations._imports
 integrations.diffusers integrations.peft integrations.torchao
 integrations
-compiling
+compiling exporting compile_cache
 <method>
 report
 auto demo doctor

@@ -1,0 +1,59 @@
+"""What was compiled in this process, as a file for the next one or for another machine of the same kind."""
+
+import warnings
+
+import torch
+
+from mixdq_ao._version import __version__
+from mixdq_ao.checkpoint import check_format
+from mixdq_ao.errors import MixDQError
+from mixdq_ao.files import TensorFile, write_tensors
+
+FORMAT = "mixdq_ao.compile_cache"
+FORMAT_VERSION = "1"
+
+_ARTIFACTS = "artifacts"
+
+
+def save_compile_cache(path) -> None:
+    """Write all that was compiled in this process to ``path``, whole or not at all. Call it after the first picture.
+
+    It fits every model of the same architecture, bits and sizes, whatever its weights. Graphs and a GPU's kernels are
+    in it; a CPU's kernels are not, which g++ then compiles anew, unless torch finds them in the folder that
+    ``TORCHINDUCTOR_CACHE_DIR`` names. Raises ``MixDQError`` where nothing was compiled.
+    """
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is None or saved[1].empty():
+        raise MixDQError("nothing was compiled in this process. Run the compiled model once, then save the cache")
+    data = torch.frombuffer(bytearray(saved[0]), dtype=torch.uint8)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    write_tensors(path, {_ARTIFACTS: data}, header | _machine())
+
+
+def load_compile_cache(path) -> bool:
+    """Give torch what ``save_compile_cache`` wrote, before the first call of a compiled model.
+
+    A cache of other versions or of another device fits nothing: it is left alone with a warning, and False returned.
+    The file holds programs, and using it runs them: load only files that you trust. Raises ``CheckpointError`` for a
+    file that is no such cache.
+    """
+    file = TensorFile(path)
+    check_format(file, FORMAT, FORMAT_VERSION)
+    here = _machine()
+    there = {key: file.metadata.get(key) for key in here}
+    other = [f"{key} {there[key]}, here {here[key]}" for key in here if there[key] != here[key]]
+    if other:
+        warnings.warn(f"{path} is left alone, everything is compiled anew: {'; '.join(other)}", stacklevel=2)
+        return False
+    if file.entries.keys() != {_ARTIFACTS} or file.entries[_ARTIFACTS].dtype != torch.uint8:
+        file.fail(_ARTIFACTS, "must be the one tensor of the file, of bytes")
+    if torch.compiler.load_cache_artifacts(file.read(_ARTIFACTS).numpy().tobytes()) is None:
+        file.fail(_ARTIFACTS, "must be what torch.compiler.save_cache_artifacts gives")
+    return True
+
+
+def _machine() -> dict[str, str]:
+    """What compiled code depends on besides the model; torch itself looks at more."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+    return {"mixdq_ao": __version__, "torch": torch.__version__, "device": device}
