@@ -58,6 +58,7 @@ struct Matmul {
   const void* residual = nullptr;
   Float residual_type = Float::f16;
   int64_t residual_stride = 0;            // elements from one row to the next
+  int residual_rows = 1;                  // rows of the output that share a row of the residual: one for each image
   void* out = nullptr;
   Float out_type = Float::f16;
   int64_t out_stride = 0;                 // elements from one row to the next

@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_residual(const Matmul& p, int64_t row, int6
 #pragma unroll
   for (int j = 0; j < V; ++j) v[j] = 0.f;
   if (!p.residual) return;
-  int64_t at = row * p.residual_stride + column;
+  int64_t at = (p.residual_rows == 1 ? row : row / p.residual_rows) * p.residual_stride + column;
   if (!vectors) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {

@@ -532,7 +532,10 @@ void run_groups(Call& call, const Matmul& whole, const Ints& groups, bool fresh_
     p.x.data += channel * p.element_bytes();
     p.x.channels = int(groups[g]);
     if (p.row_scale) p.row_scale += g, p.row_zero_point += g;
-    if (g > 0) p.residual = sums[(g - 1) % 2], p.residual_type = Float::f32, p.residual_stride = n;
+    if (g > 0) {
+      p.residual = sums[(g - 1) % 2], p.residual_type = Float::f32;
+      p.residual_stride = n, p.residual_rows = 1;
+    }
     if (!last) p.out = sums[g % 2], p.out_type = Float::f32, p.out_stride = n;
     for (int i = 0; i < p.weight_count; ++i) {
       Weight& w = p.weights[i];
@@ -596,20 +599,23 @@ void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, con
   set_residual(call, p, v, rows.stride[2]);
 }
 
-// A convolution's residual [batch, n, height, width].
+// A convolution's residual [batch, n, height, width], or [batch, n, 1, 1] for all pixels of an image.
 void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups) {
   if (!residual) return;
   Tensor t = readable_residual(call, p, *residual, groups);
   View v = call.keep(t, "residual");
-  check_residual(call, v, out);
+  bool one_row = v.dims == 4 && v.size[2] * v.size[3] == 1;
+  one_row = one_row && v.size[0] == out.size[0] && v.size[1] == out.size[1];
+  if (!one_row) check_residual(call, v, out);
   int64_t stride[3];
   pixel_strides(v, stride);
   bool spaced = stride[1] == stride[2] * v.size[3] && stride[0] == stride[1] * v.size[2];
-  if (!channels_last(v, stride) || !spaced) {
+  if (!channels_last(v, stride) || !(spaced || one_row)) {
     v = call.keep(torch::stable::contiguous(t, MemoryFormat::ChannelsLast), "residual");
     pixel_strides(v, stride);
   }
-  set_residual(call, p, v, stride[2]);
+  set_residual(call, p, v, one_row ? stride[0] : stride[2]);
+  if (one_row) p.residual_rows = p.out_h * p.out_w;
 }
 
 Matmul row_problem(const Image& x, int64_t bits) {

@@ -7,8 +7,8 @@ any device that has it; the CUDA library replaces them for CUDA tensors where it
 Shapes: ``x`` is ``[..., in]`` for linear and ``[batch, in, height, width]`` for conv2d. ``qdata`` is a packed weight
 (see ``packing``), ``scale`` and ``alpha`` are float32 ``[groups, out]``, ``beta`` float32 ``[out]``, ``bias``
 ``[out]`` of any floating dtype, ``weight_sum`` int32 ``[groups, out]``, ``act_scale`` and ``act_zero_point`` float32
-``[groups]``. Convolution outputs are channels-last. ``residual`` has the shape of the output and any floating dtype; it
-is added in float32, before the one rounding.
+``[groups]``. Convolution outputs are channels-last. ``residual`` has the shape of the output, or for a
+convolution ``[batch, out, 1, 1]``, and any floating dtype; it is added in float32, before the one rounding.
 """
 
 import glob
@@ -278,9 +278,9 @@ def _offset(beta: Tensor, bias: Tensor | None) -> Tensor:
     return beta if bias is None else beta + bias.detach().float()
 
 
-def _check_residual(residual: Tensor | None, shape) -> None:
-    if residual is not None and residual.shape != torch.Size(shape):
-        raise MixDQError(f"residual must have the output's shape {list(shape)}; found {list(residual.shape)}")
+def _check_residual(residual: Tensor | None, *shapes) -> None:
+    if residual is not None and residual.shape not in map(torch.Size, shapes):
+        raise MixDQError(f"residual must have the output's shape {list(shapes[0])}; found {list(residual.shape)}")
 
 
 @_define(
@@ -375,7 +375,7 @@ def _windows(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
 def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype, residual=None):
     """Padding adds the code 0; an input with another zero point comes padded from ``quantize``."""
     shape = _conv_output_shape(xq, qdata, stride, padding, dilation)
-    _check_residual(residual, shape)
+    _check_residual(residual, shape, (*shape[:2], 1, 1))
     if any(padding):
         xq = F.pad(xq, (padding[1], padding[1], padding[0], padding[0]))
     weights = [w.permute(0, 2, 3, 1).flatten(1) for w in _split(unpack(qdata, bits, input_groups), input_groups, 1)]
@@ -384,7 +384,9 @@ def _conv2d_int8(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, 
     pixels, offset = out.permute(0, 2, 3, 1), _offset(beta, bias)
     for batch, lines in _image_blocks(shape, sum(w.shape[1] for w in weights), xq.is_cuda):
         parts = [v[batch, lines].reshape(-1, w.shape[1]) for v, w in zip(windows, weights, strict=True)]
-        rows = None if residual is None else residual.permute(0, 2, 3, 1)[batch, lines].reshape(-1, shape[1])
+        rows = (
+            None if residual is None else residual.expand(shape).permute(0, 2, 3, 1)[batch, lines].reshape(-1, shape[1])
+        )
         _multiply(parts, weights, alpha, offset, rows, pixels[batch, lines].view(-1, shape[1]))
     return out
 

@@ -33,7 +33,7 @@ class Passes:
         share: quantize once for layers that read the same tensor with equal activation parameters
         merge: one product for such layers: Q, K and V of self-attention, K and V of the text over all blocks, time
             embeddings
-        residual: add a residual in the product's epilogue
+        residual: add a residual, or a ResNet's time embedding, in the product's epilogue
         layer_norm, geglu, group_norm: quantize in the operator that computes the layer's input; GroupNorm with the
             SiLU and the reordering of pixels to tokens that may follow
         opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with
@@ -281,7 +281,8 @@ def residual(graph: fx.Graph, passes: Passes) -> int:
 
 def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) -> bool:
     """``node`` is ``y + other``; let the layer that computes ``y`` add, if nothing else reads it."""
-    if not _same_form(y, other, node):
+    of_image = y.target is conv2d and _is_one_pixel(other, node) and _same_form(y, node)  # a time embedding
+    if not (of_image or _same_form(y, other, node)):
         return False
     product, pixels = y, None
     if _is_method(y, "contiguous") and _single(y) and _is_method(y.args[0], "permute", (0, 3, 1, 2)):
@@ -494,6 +495,14 @@ def _same_form(*nodes: fx.Node) -> bool:
         and all(statically_known_true(a == b) for a, b in zip(v.shape, first.shape, strict=True))
         for v in others
     )
+
+
+def _is_one_pixel(node: fx.Node, image: fx.Node) -> bool:
+    """Whether a node holds one pixel for each image of another."""
+    a, b = _value(node), _value(image)
+    if not isinstance(a, Tensor) or a.dim() != 4 or a.dtype != b.dtype:
+        return False
+    return all(statically_known_true(n == m) for n, m in zip(a.shape, (*b.shape[:2], 1, 1), strict=True))
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:

@@ -251,7 +251,10 @@ def run(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         expected, size = expected.permute(0, 3, 1, 2), size.permute(0, 3, 1, 2)
     residual = None
     if case.residual is not None:
-        residual = laid_out(case.normal(expected.shape, case.residual), case.residual_layout)
+        # Every third convolution gets one pixel for each image.
+        one_pixel = case.op == "conv" and case.seed % 3 == 0
+        shape = (*expected.shape[:2], 1, 1) if one_pixel else expected.shape
+        residual = laid_out(case.normal(shape, case.residual), case.residual_layout)
         expected, size = expected + residual.double(), size + residual.double().abs()
 
     first = (qdata[0], scale[0], beta[0], bias[0])

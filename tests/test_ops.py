@@ -116,12 +116,15 @@ def test_residual_of_a_linear_is_added_before_the_rounding(case, rows, layout, d
 
 
 @settings(max_examples=50)
-@given(cases(kernels=st.tuples(small, small)), st.integers(0, 3), st.sampled_from(list(IMAGE_LAYOUTS)), dtypes, dtypes)
-def test_residual_of_a_conv2d_is_added_before_the_rounding(case, batch, layout, dtype, out_dtype):
+@given(
+    cases(kernels=st.tuples(small, small)), st.integers(0, 3), st.sampled_from(list(IMAGE_LAYOUTS)), dtypes, dtypes,
+    st.booleans(),
+)  # fmt: skip
+def test_residual_of_a_conv2d_is_added_before_the_rounding(case, batch, layout, dtype, out_dtype, one_pixel):
     w, x = case.weight, case.input((batch, sum(case.groups), 4, 5))
     conv = ((1, 2), ((1, 1), (1, 1)), (1, 1))
     y = case.layer.float32(x, conv)
-    residual = IMAGE_LAYOUTS[layout](case.input(y.shape, dtype))
+    residual = IMAGE_LAYOUTS[layout](case.input((*y.shape[:2], 1, 1) if one_pixel else y.shape, dtype))
     xq = ops.quantize(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups, (1, 1, 1, 1))
     weight = (w.qdata, w.alpha, w.beta, case.bias)
     out = ops.conv2d_int8(xq, *weight, (1, 2), (0, 0), (1, 1), w.bits, w.input_groups, out_dtype, residual)

@@ -87,6 +87,7 @@ struct Params {
   const void* residual;
   Float residual_type;
   int64_t residual_stride;
+  int residual_rows;
   bool residual_aligned;
   void* out;
   Float out_type;
@@ -376,6 +377,11 @@ struct Row {
   int zero_point = 0;
 };
 
+// Where the residual of a row begins.
+__device__ __forceinline__ int64_t residual_row(const Params& p, int64_t m) {
+  return (p.residual_rows == 1 ? m : unsigned(m) / unsigned(p.residual_rows)) * p.residual_stride;
+}
+
 // One output before the residual. `sum` is a register of the accumulator, whatever it counts.
 template <class C>
 __device__ __forceinline__ float finish(const Params& p, typename C::Math::Sum sum, const ChannelEpilogue& c,
@@ -441,7 +447,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, int r
           int row = v / kPieces, c = v % kPieces * 8;
           uint4 piece = {};
           if (m0 + row < p.m) {
-            piece = load8(residual + (m0 + row) * p.residual_stride + c0 + c, columns_left - c0 - c, p.residual_aligned);
+            piece = load8(residual + residual_row(p, m0 + row) + c0 + c, columns_left - c0 - c, p.residual_aligned);
           }
           *reinterpret_cast<uint4*>(staging + row * C::kStagingRow + c * 2) = piece;
         }
@@ -461,7 +467,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, int r
             float2 r = unpack2(p.out_type, *place);
             x += r.x, y += r.y;
           } else if (wide && m0 + row < p.m) {
-            const float* r = wide_residual + (m0 + row) * p.residual_stride + c;
+            const float* r = wide_residual + residual_row(p, m0 + row) + c;
             if (c < columns_left) x += r[0];
             if (c + 1 < columns_left) y += r[1];
           }
@@ -494,7 +500,7 @@ __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int 
       const int64_t m = int64_t(t.m0) + row0 + i * 64 + warp * 16 + h * 8 + lane / 4;
       const Row row = row_of(p, m);
       float* out = static_cast<float*>(p.out) + m * p.out_stride + column;
-      const float* residual = static_cast<const float*>(p.residual) + m * p.residual_stride + column;
+      const float* residual = static_cast<const float*>(p.residual) + residual_row(p, m) + column;
 #pragma unroll
       for (int j = 0; j < C::kTileN / 8; ++j) {
 #pragma unroll
@@ -538,7 +544,7 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     for (int e = 0; e < 8; ++e) {
       y[e] = finish<C>(p, sums[e], columns[c + e], of_row);
     }
-    const int64_t at = m * p.out_stride + column + c, from = m * p.residual_stride + column + c;
+    const int64_t at = m * p.out_stride + column + c, from = residual_row(p, m) + column + c;
     const int count = columns_left - c;
     if (p.residual && p.residual_type == Float::f32) {
 #pragma unroll
@@ -715,6 +721,7 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.dilation_h = problem.window.dilation_h, p.dilation_w = problem.window.dilation_w;
   p.row_scale = problem.row_scale, p.row_zero_point = problem.row_zero_point, p.row_stride = problem.row_stride;
   p.residual = problem.residual, p.residual_type = problem.residual_type, p.residual_stride = problem.residual_stride;
+  p.residual_rows = problem.residual_rows;
   p.out = problem.out, p.out_type = problem.out_type, p.out_stride = problem.out_stride;
   auto aligned = [&](const void* data, int64_t stride) {
     return (reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * element) | uintptr_t(out_align * element)) % 16 == 0;
