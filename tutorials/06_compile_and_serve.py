@@ -1,7 +1,7 @@
 """Compile a quantized UNet, keep what was compiled for the next start, and export it so that a server compiles nothing.
 
-Run it with `python tutorials/06_compile_and_serve.py`; it takes a minute on two cores and needs no download. The UNet is a
-small untrained one with SDXL's kinds of layers; nearly all of the time goes to the C++ compiler.
+Run it with `python tutorials/06_compile_and_serve.py`; it takes a minute on two cores and needs no download. The UNet
+is a small untrained one with SDXL's kinds of layers; nearly all of the time goes to the C++ compiler.
 """
 
 import time
