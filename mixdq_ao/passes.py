@@ -304,13 +304,13 @@ def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) ->
     with graph.inserting_before(node):
         if pixels is not None:
             # Left as channels-last instead of contiguous, which is the layout that our operators like.
-            other = graph.call_method("permute", (other, 0, 2, 3, 1))
-            other = graph.call_method("flatten", (other, 1, 2))
+            other = _call_method(graph, "permute", other, 0, 2, 3, 1)
+            other = _call_method(graph, "flatten", other, 1, 2)
         fused = graph.call_function(product.target, product.args, {"residual": other})
         fused.meta = dict(product.meta)
         if pixels is not None:
-            fused = graph.call_method("reshape", (fused, *pixels.args[1:]))
-            fused = graph.call_method("permute", (fused, 0, 3, 1, 2))
+            fused = _call_method(graph, "reshape", fused, *pixels.args[1:])
+            fused = _call_method(graph, "permute", fused, 0, 3, 1, 2)
     _replace(node, fused)
     for dead in [y] if pixels is None else [y, y.args[0], pixels, product]:
         graph.erase_node(dead)
@@ -387,8 +387,9 @@ def group_norm(graph: fx.Graph, passes: Passes) -> int:
             continue
         with graph.inserting_before(node):
             xq = graph.call_function(group_norm_quantize, args)
-            xq = graph.call_method("permute", (xq, 0, 2, 3, 1))
-            xq = graph.call_method("reshape", (xq, *tokens.args[1:]))
+            xq.meta["example_value"] = torch.empty_like(_value(norm), dtype=torch.int8)
+            xq = _call_method(graph, "permute", xq, 0, 2, 3, 1)
+            xq = _call_method(graph, "reshape", xq, *tokens.args[1:])
         _replace(node, xq)
     return hits
 
@@ -478,6 +479,13 @@ def _is_method(node: fx.Node, name: str, args: tuple | None = None) -> bool:
     return args is None or tuple(given) == args
 
 
+def _call_method(graph: fx.Graph, name: str, x: fx.Node, *args) -> fx.Node:
+    """A new call, with its value: before torch 2.12 a method of a node without one keeps a graph out of the cache."""
+    node = graph.call_method(name, (x, *args))
+    node.meta["example_value"] = getattr(_value(x), name)(*fx.node.map_arg(args, _value))
+    return node
+
+
 def _single(node: fx.Node) -> bool:
     return len(node.users) == 1
 
@@ -506,8 +514,7 @@ def _is_one_pixel(node: fx.Node, image: fx.Node) -> bool:
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
-    if not new.meta:
-        new.meta = dict(node.meta)
+    new.meta = {**node.meta, **new.meta}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
