@@ -105,7 +105,7 @@ class CompiledModel(OptimizedModule):
     """What :func:`compile` returns; to other libraries a module that ``torch.compile`` has wrapped."""
 
     # Declared here, so that OptimizedModule keeps them on the wrapper instead of giving them to the model.
-    _settings = _fuse = _graphs = _seen = _watch = _pool = _timestep_position = None
+    _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = None
 
     def __init__(self, model: nn.Module, settings: _Settings):
         fuse = FuseQuantizers(settings.passes)
@@ -155,7 +155,8 @@ class CompiledModel(OptimizedModule):
         if graph is None:
             while len(self._graphs) >= self._settings.max_graphs:
                 self._graphs.popitem(last=False)
-            graph = self._graphs[key] = self._record(key, leaves, spec)
+            with torch.cuda.device(next(v.device for v in leaves if _is_tensor(v))):
+                graph = self._graphs[key] = self._record(key, leaves, spec)
         self._graphs.move_to_end(key)
         return graph(leaves, self._settings.copy_outputs)
 
@@ -221,17 +222,20 @@ class CompiledModel(OptimizedModule):
         args, kwargs = pytree.tree_unflatten(static, spec)
         show = sys.stderr.isatty() if self._settings.progress is None else self._settings.progress
         sizes = " ".join("x".join(map(str, v.shape)) for v in leaves if _is_tensor(v) and v.dim() > 1)
-        stream = torch.cuda.Stream()
+        if not self._graphs:
+            # Graphs share memory only if pool and stream are the same. A pool whose last graph is gone is not taken
+            # again by torch while one of its outputs lives.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._compiling(key):
             for _ in track(range(_WARM_UP_CALLS), f"Compiling for {sizes}", show=show):
                 super().__call__(*args, **kwargs)
                 stream.synchronize()
         torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # The outer one restores the caller's stream also where the capture fails.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = super().__call__(*args, **kwargs)
         return _Graph(graph, static, output)
 

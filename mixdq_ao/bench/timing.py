@@ -52,7 +52,8 @@ def capture(call: Callable[[], object]) -> tuple["torch.cuda.CUDAGraph", object]
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # The outer one restores the caller's stream also where the capture fails.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         output = call()
     return graph, output
 
