@@ -14,7 +14,8 @@ def by_name() -> dict[str, doctor.Finding]:
 
 def test_finds_versions_and_devices():
     found = by_name()
-    assert found["torch"].value == torch.__version__
+    # A wheel's own version may lack the part that names its CUDA.
+    assert torch.__version__.startswith(found["torch"].value)
     assert ("GPU" in found) == (not torch.cuda.is_available())
     assert found["int8 products"].ok
 
