@@ -1,9 +1,10 @@
 """``mixdq_ao.export``: a UNet as one file of machine code and weights, which runs without compiling anything."""
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -72,10 +73,35 @@ def export(
         module = _OnTensors(model, arguments)
         program = _program(module, tensors, _sizes(facts["step"]) if dynamic else None, passes or Passes())
         metadata = {**(options or {}).get("aot_inductor.metadata", {}), _KEY: json.dumps(facts)}
-        with replacing(path) as file:
+        with replacing(path) as file, _dtypes_as_they_are_read():
             torch._inductor.aoti_compile_and_package(
                 program, package_path=file, inductor_configs={**(options or {}), "aot_inductor.metadata": metadata}
             )
+
+
+@contextlib.contextmanager
+def _dtypes_as_they_are_read() -> Iterator[None]:
+    """torch 2.11 writes an operator's dtype into the package by export's numbers and reads it by ATen's: float32 would
+    become float64. 2.12 reads what it writes (pytorch#173562); what does is compiled, and shows nowhere in Python."""
+    if torch.__version__ >= "2.12":
+        yield
+        return
+    from torch._inductor import extern_node_serializer as module
+
+    write, key = module.extern_node_json_serializer, "as_scalar_type"
+    numbers = {13: 15, **{n: n - 1 for n in range(1, 13)}}  # 13 is bfloat16; up to bool only the start differs
+
+    def renumbered(found: dict) -> dict:
+        return {**found, key: numbers[found[key]]} if key in found else found
+
+    def write_as_read(nodes: list) -> str:
+        return json.dumps(json.loads(write(nodes), object_hook=renumbered))
+
+    module.extern_node_json_serializer = write_as_read
+    try:
+        yield
+    finally:
+        module.extern_node_json_serializer = write
 
 
 def load_exported(path) -> "ExportedModel":
