@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -96,9 +97,10 @@ def sqnr(expected, actual) -> float:
 
 def python(code: str) -> str:
     """The output of a fresh interpreter, which must print nothing on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(mixdq_ao.__file__).parents[1]
-    )
+    # torchao would say that the tests' own settings keep it from loading its libraries.
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
+    folder = Path(mixdq_ao.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
 
