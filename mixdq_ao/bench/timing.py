@@ -1,5 +1,6 @@
 """Latencies: calls by the clock, and replays of a CUDA graph by the GPU's own events."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def time_calls(call: Callable[[], object], repeats: int, device: torch.device, t
 
 def capture(call: Callable[[], object]) -> tuple["torch.cuda.CUDAGraph", object]:
     """``call`` as a CUDA graph, and the output that each replay writes."""
-    stream = torch.cuda.Stream()
+    stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_CALLS):  # libraries that plan on first use do so for each stream
@@ -56,6 +57,12 @@ def capture(call: Callable[[], object]) -> tuple["torch.cuda.CUDAGraph", object]
     with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         output = call()
     return graph, output
+
+
+@functools.cache
+def _capture_stream(device: int) -> "torch.cuda.Stream":
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def time_replays(graph: "torch.cuda.CUDAGraph", repeats: int, warmup: int) -> Times:
