@@ -112,10 +112,11 @@ def test_inspect_for_programs(files):
 
 def test_doctor_for_programs():
     found = {f["name"]: f for f in json.loads(run("doctor", "--json"))}
-    assert found["torch"]["value"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"]["value"])
 
 
-def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHAO_FORCE_SKIP_LOADING_SO_FILES")  # of which torchao says that it is set
     command = [sys.executable, "-m", "mixdq_ao.cli", "inspect", str(tmp_path / "absent.safetensors")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
