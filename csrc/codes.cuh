@@ -166,6 +166,20 @@ struct Raw {
   }
 };
 
+// A thread's vectors of a row, every `step`-th from `first` on; zeros past the row's end.
+template <class T, int kVectors>
+__device__ __forceinline__ void load_row(Raw<T> (&raw)[kVectors], const T* x, int first, int step, int vectors) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    int v = first + j * step;
+    if (v < vectors) {
+      raw[j].load(x + v * kVector);
+    } else {
+      raw[j].clear();
+    }
+  }
+}
+
 // Sums over a warp, or over a block of whole warps; every thread gets the result. `shared` holds a value per warp.
 template <int kLanes = 32, class V, class Op>
 __device__ __forceinline__ V reduce_lanes(V v, Op op) {

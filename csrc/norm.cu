@@ -45,15 +45,7 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
   if (row >= rows) return;
   x += pixels.offset(row);
   Raw<T> raw[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    int v = first + j * step;
-    if (v < vectors) {
-      raw[j].load(x + v * kVector);
-    } else {
-      raw[j].clear();
-    }
-  }
+  load_row(raw, x, first, step, vectors);
   // Where a thread has a single vector, few warps run, and the weights are best under way while the row is summed.
   constexpr bool kEarly = kVectors == 1;
   float weight[kVector], bias[kVector];

@@ -302,15 +302,7 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
   if (row >= rows) return;
   x += pixels.offset(row);
   Raw<T> raw[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    int v = first + j * step;
-    if (v < vectors) {
-      raw[j].load(x + v * kVector);
-    } else {
-      raw[j].clear();  // the range includes 0 anyway
-    }
-  }
+  load_row(raw, x, first, step, vectors);  // zeros change no range, which includes 0 anyway
   float low = 0.f, high = 0.f;  // fminf and fmaxf pass over a NaN
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {

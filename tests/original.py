@@ -9,23 +9,12 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from mixdq_ao.bench import models
+
 STACKED_BITS = (2, 4, 8)
 TWO_DIMENSIONAL = ("time_emb_proj", "linear_1", "linear_2")  # layers whose input is [batch, channels]
 
-SDXL_CONFIG = {
-    "sample_size": 64,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SDXL_CONFIG = {k: v for k, v in models.SDXL_CONFIG.items() if not k.startswith("_")}
 TINY_CONFIG = {
     **SDXL_CONFIG,
     "sample_size": 8,
