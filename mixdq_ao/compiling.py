@@ -123,7 +123,7 @@ class CompiledModel(OptimizedModule):
 
     @property
     def hits(self) -> Counter:
-        """How often each rewrite was made in the graph compiled last; empty if that came out of torch's cache."""
+        """How often each rewrite was made in the graph compiled last; from torch 2.12 on empty if a cache had it."""
         return self._fuse.hits
 
     @property
