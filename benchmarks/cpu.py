@@ -26,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from mixdq_ao.bench.models import SDXL_CONFIG
 from mixdq_ao.tensor import MixDQTensor
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -95,21 +96,9 @@ def unet_and_inputs(full: bool) -> tuple[nn.Module, dict]:
     """SDXL's UNet with cheap random weights: the time does not depend on their values."""
     from diffusers import UNet2DConditionModel
 
-    config = {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10) if full else (1, 2, 2),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
+    config = SDXL_CONFIG if full else {**SDXL_CONFIG, "transformer_layers_per_block": (1, 2, 2)}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel.from_config(config)
     unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
     for parameter in unet.parameters():
         # Uniform with the variance that keeps activations near one.

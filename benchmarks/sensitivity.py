@@ -21,25 +21,10 @@ import torch
 from torch import nn
 
 from mixdq_ao import families
+from mixdq_ao.bench.models import SDXL_CONFIG
 from mixdq_ao.files import write_text
 from mixdq_ao.sensitivity import PROBES, sensitivity
 
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -66,7 +51,7 @@ class RandomPipeline:
         torch.manual_seed(0)
         with torch.device(device):
             torch.set_default_dtype(dtype)
-            self.unet = UNet2DConditionModel(**SDXL | (SMALL if small else {})).eval()
+            self.unet = UNet2DConditionModel.from_config(SDXL_CONFIG | (SMALL if small else {})).eval()
             self.vae = AutoencoderKL(**VAE).eval()
             torch.set_default_dtype(torch.float32)
         self.size, self.device, self.dtype = size // 8, device, dtype
