@@ -75,10 +75,6 @@ __global__ void __launch_bounds__(kThreads, 3) direct_kernel(const __grid_consta
   int across = threadIdx.x % 16 * 4, down = threadIdx.x / 16 * 4;
   int count = min(4, weight.n - (columns.n + across));
   ChannelEpilogue channel[4] = {};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (j < count) channel[j] = channel_epilogue(weight, columns.n + across + j);
-  }
 
   int sums[4][4] = {};
   int words = (gather.k + 3) / 4;
@@ -96,6 +92,11 @@ __global__ void __launch_bounds__(kThreads, 3) direct_kernel(const __grid_consta
     if (begin == 0) {
       wait_for_previous();
       let_next_start();
+      // The kernel ahead writes no weights, but it may write these: a dynamic convolution computes them for its input.
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j < count) channel[j] = channel_epilogue(weight, columns.n + across + j);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   // The output that this lane finishes.
   int my_row = lane % Rows, my_n = columns.n + lane / Rows;
   bool mine = lane / Rows < C::kChannels && my_row < m && my_n < weight.n;
-  ChannelEpilogue channel = {};
-  if (mine) channel = channel_epilogue(weight, my_n);
 
   wait_for_previous();
   let_next_start();
+  ChannelEpilogue channel = {};  // the kernel ahead may have computed these, for a dynamic convolution
   RowEpilogue of_row;
   float residual = 0.f;
   if (mine) {
+    channel = channel_epilogue(weight, my_n);
     of_row = row_epilogue(p, my_row);
     if (p.residual) {
       residual = load_float(p.residual, p.residual_type, my_row * p.residual_stride + columns.start + my_n);

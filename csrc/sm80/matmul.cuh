@@ -227,17 +227,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     copy_x.source[i] = first_pixel(p, row < m ? row : m - 1) + copy_x.piece() * 16;
   }
 
-  // No kernel ahead writes weights, so the first of them may come while it still runs.
+  // No kernel ahead writes weights, so the first of them may come while it still runs. The epilogue's vectors it may
+  // write: those of a dynamic convolution are computed with its input's range.
 #pragma unroll
   for (int s = 0; s < C::kStages - 1; ++s) {
     if (s < steps) copy_w.copy(walk_w, shared + s * C::kStageBytes + C::kXBytes);
     walk_w.advance();
   }
+  wait_for_previous();
+  let_next_start();
   ChannelEpilogue vector = {};
   int vector_n = columns.n + int(threadIdx.x);
   if (threadIdx.x < C::kTileN && vector_n < weight.n) vector = channel_epilogue(weight, vector_n);
-  wait_for_previous();
-  let_next_start();
 #pragma unroll
   for (int s = 0; s < C::kStages - 1; ++s) {
     if (s < steps) copy_x.copy(walk_x, shared + s * C::kStageBytes);
