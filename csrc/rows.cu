@@ -77,9 +77,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     int64_t n = min(columns.n + c, weight.n - 1);
     source[c] = static_cast<const uint4*>(weight.data) + n * (p.weight_pitch / 16);
   }
-  auto load = [&](int c, int unit) { return unit < units ? __ldg(source[c] + unit) : uint4{}; };
+  auto load = [&](int c, int unit) { return unit < units ? source[c][unit] : uint4{}; };
 
-  // No kernel ahead writes weights, so they come while it still runs.
+  // No kernel ahead writes weights, so they come while it still runs. Not by __ldg(): the compiler moves that below the
+  // wait.
   uint4 ahead[C::kChannels][C::kDepth];
 #pragma unroll
   for (int j = 0; j < C::kDepth; ++j) {
