@@ -155,9 +155,10 @@ def quantize_per_token_traced(x: Tensor, bits: int, input_groups) -> tuple[Tenso
     """The same as the operator ``quantize_per_token``, as aten arithmetic for tracing."""
     parts = x.split(input_groups, dim=-1)
     ranges = [dynamic_range(p, bits, per_token=True) for p in parts]
-    xq = [codes(p, s, z, bits).to(torch.int8) for p, (s, z) in zip(parts, ranges, strict=True)]
+    rows = torch.contiguous_format
+    xq = [codes(p, s, z, bits).to(torch.int8, memory_format=rows) for p, (s, z) in zip(parts, ranges, strict=True)]
     scale, zero_point = (torch.cat(v, dim=-1) for v in zip(*ranges, strict=True))
-    return torch.cat(xq, dim=-1) if len(xq) > 1 else xq[0].contiguous(), scale, zero_point
+    return torch.cat(xq, dim=-1) if len(xq) > 1 else xq[0], scale, zero_point
 
 
 @_define("quantize_per_token(Tensor x, int bits, int[] input_groups) -> (Tensor, Tensor, Tensor)")

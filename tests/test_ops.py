@@ -229,6 +229,13 @@ def test_dynamic_linear_is_exact(case, rows, dtype):
     assert_same(y, torch.from_numpy(expected).to(dtype))
 
 
+@pytest.mark.parametrize("groups", [[6], [2, 4]])
+@pytest.mark.parametrize("shape", [(3, 1, 2), (3, 4, 1), (2, 4, 5)])
+def test_codes_of_tokens_are_rows_whatever_the_layout(shape, groups):
+    x = torch.randn(*shape, 6).contiguous(memory_format=torch.channels_last)
+    assert ops.quantize_per_token(x, 8, groups)[0].stride() == torch.empty(x.shape).stride()
+
+
 def test_dynamic_range_of_extremes():
     """The range always holds 0, survives both ends of float32, and a constant input is exact."""
     x = torch.tensor([[0.0, 0.0], [3e38, -3e38], [5.0, 5.0], [-5.0, -5.0], [float("nan"), 1.0], [1e-45, 0.0]])
