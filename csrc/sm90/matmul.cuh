@@ -13,9 +13,11 @@
 // activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
 #pragma once
 #include <cooperative_groups.h>
+#include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/arch/reg_reconfig.h"
+#include "cutlass/cutlass.h"
 #include "device.cuh"
 #include "sm90/kernels.h"
 #include "sm90/tensor_map.h"
@@ -92,7 +94,7 @@ struct Params {
   void* out;
   Float out_type;
   int64_t out_stride;
-  bool out_aligned;  // rows can be written in pieces of 16 bytes
+  bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
 };
 
 struct Tile {
@@ -397,6 +399,12 @@ struct Columns {
     }
   }
   __device__ ChannelEpilogue operator[](int i) const { return {alpha[i], offset[i], weight_sum[i]}; }
+  // Columns i and i + 1, for an even i.
+  __device__ void pair(int i, ChannelEpilogue (&c)[2]) const {
+    float2 a = *reinterpret_cast<const float2*>(alpha + i), o = *reinterpret_cast<const float2*>(offset + i);
+    int2 w = *reinterpret_cast<const int2*>(weight_sum + i);
+    c[0] = {a.x, o.x, w.x}, c[1] = {a.y, o.y, w.y};
+  }
 };
 
 struct Row {
@@ -412,10 +420,10 @@ __device__ __forceinline__ int64_t residual_row(const Params& p, int64_t m) {
 // One output before the residual. `sum` is a register of the accumulator, whatever it counts.
 template <class C>
 __device__ __forceinline__ float finish(const Params& p, typename C::Math::Sum sum, const ChannelEpilogue& c,
-                                        const Row& row) {
+                                        bool dynamic, const Row& row) {
   if constexpr (C::Math::kBytes == 1) {
     int exact = C::packed ? int(sum) >> p.shift : int(sum);
-    return apply_epilogue(exact, c, p.row_scale, row.scale, row.zero_point);
+    return apply_epilogue(exact, c, dynamic, row.scale, row.zero_point);
   } else {
     return fmaf(sum * p.unscale, c.alpha, c.offset);
   }
@@ -450,71 +458,104 @@ __device__ __forceinline__ void store8(uint16_t* to, uint4 v, int count, bool al
   }
 }
 
-// 16-bit outputs of a math group from its registers, through the staging rows of each warp.
-template <class C>
+// Where a warp's staging rows hold a piece that begins with column c.
+template <class Piece, class C>
+__device__ __forceinline__ Piece& staged(uint8_t* staging, int row, int c) {
+  return *reinterpret_cast<Piece*>(staging + row * C::kStagingRow + c * 2);
+}
+
+// Calls move(row, column, piece) for what exists of the 16 rows and kChunk columns of 16-bit values that a warp stages:
+// in pieces of 16 bytes, or one by one where rows are not aligned to them.
+template <class C, class Move>
+__device__ __forceinline__ void move_rows(int lane, int rows, int columns, bool aligned, Move move) {
+  if (aligned) {
+    constexpr int kPieces = C::kChunk / 8;
+#pragma unroll
+    for (int v = lane; v < 16 * kPieces; v += 32) {
+      int row = v / kPieces, c = v % kPieces * 8;
+      if (row < rows && c < columns) move(row, c, uint4{});
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int v = lane; v < 16 * C::kChunk; v += 32) {
+    int row = v / C::kChunk, c = v % C::kChunk;
+    if (row < rows && c < columns) move(row, c, uint16_t{});
+  }
+}
+
+// The residual of 16-bit outputs: none; of their type, read by way of the staging rows; or float32.
+enum class Residual { none, staged, wide };
+
+// 16-bit outputs of a math group from its registers, through the staging rows of each warp. All that could vary between
+// launches is a parameter of the template: a branch in here would be repeated for each of up to 80 pairs of registers,
+// and the code of one tile would not fit the instruction cache.
+template <class C, Float kType, Residual kResidual, bool kDynamic>
 __device__ __forceinline__ void write_half(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
                                            const Sums<C>& sums, uint8_t* staging) {
   constexpr int kPieces = C::kChunk / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
   const int columns_left = p.weights[t.weight].n - t.n0;
-  const bool staged = p.residual && p.residual_type != Float::f32;
-  const bool wide = p.residual && p.residual_type == Float::f32;
   const int64_t column = p.column[t.weight] + t.n0;
   auto* out = static_cast<uint16_t*>(p.out) + column;
   auto* residual = static_cast<const uint16_t*>(p.residual) + column;
-  auto* wide_residual = static_cast<const float*>(p.residual) + column;
 #pragma unroll
   for (int i = 0; i < C::kBlocksM; ++i) {
     const int64_t m0 = int64_t(t.m0) + row0 + i * 64 + warp * 16;
-    const Row rows[2] = {row_of(p, m0 + lane / 4), row_of(p, m0 + lane / 4 + 8)};
+    const int rows_left = int(p.m - m0);
+    Row rows[2];
+    const float* wide[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t m = m0 + lane / 4 + h * 8;
+      if (kDynamic) rows[h] = row_of(p, m);
+      // A row past the end reads what the last one reads, and is not written.
+      if (kResidual == Residual::wide) {
+        wide[h] = static_cast<const float*>(p.residual) + column + residual_row(p, m < p.m ? m : p.m - 1);
+      }
+    }
 #pragma unroll
     for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
-      if (staged) {
-        for (int v = lane; v < 16 * kPieces; v += 32) {
-          int row = v / kPieces, c = v % kPieces * 8;
-          uint4 piece = {};
-          if (m0 + row < p.m) {
-            piece = load8(residual + residual_row(p, m0 + row) + c0 + c, columns_left - c0 - c, p.residual_aligned);
-          }
-          *reinterpret_cast<uint4*>(staging + row * C::kStagingRow + c * 2) = piece;
-        }
+      if (kResidual == Residual::staged) {
+        move_rows<C>(lane, rows_left, columns_left - c0, p.residual_aligned, [&](int row, int c, auto piece) {
+          using Piece = decltype(piece);
+          const uint16_t* from = residual + residual_row(p, m0 + row) + c0 + c;
+          staged<Piece, C>(staging, row, c) = *reinterpret_cast<const Piece*>(from);
+        });
         __syncwarp();
       }
 #pragma unroll
       for (int j = c0 / 8; j < (c0 + C::kChunk) / 8; ++j) {
         const int c = j * 8 + lane % 4 * 2;
-        const ChannelEpilogue first = columns[c], second = columns[c + 1];
+        ChannelEpilogue channels[2];
+        columns.pair(c, channels);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = lane / 4 + h * 8;
-          auto* place = reinterpret_cast<uint32_t*>(staging + row * C::kStagingRow + (c - c0) * 2);
-          float x = finish<C>(p, sums[i][j * 4 + h * 2], first, rows[h]);
-          float y = finish<C>(p, sums[i][j * 4 + h * 2 + 1], second, rows[h]);
-          if (staged) {
-            float2 r = unpack2(p.out_type, *place);
+          auto& place = staged<uint32_t, C>(staging, lane / 4 + h * 8, c - c0);
+          float x = finish<C>(p, sums[i][j * 4 + h * 2], channels[0], kDynamic, rows[h]);
+          float y = finish<C>(p, sums[i][j * 4 + h * 2 + 1], channels[1], kDynamic, rows[h]);
+          if (kResidual == Residual::staged) {
+            float2 r = unpack2(kType, place);
             x += r.x, y += r.y;
-          } else if (wide && m0 + row < p.m) {
-            const float* r = wide_residual + residual_row(p, m0 + row) + c;
-            if (c < columns_left) x += r[0];
-            if (c + 1 < columns_left) y += r[1];
+          } else if (kResidual == Residual::wide) {
+            if (c < columns_left) x += wide[h][c];
+            if (c + 1 < columns_left) y += wide[h][c + 1];
           }
-          *place = pack2(p.out_type, x, y);
+          place = pack2(kType, x, y);
         }
       }
       __syncwarp();
-      for (int v = lane; v < 16 * kPieces; v += 32) {
-        int row = v / kPieces, c = v % kPieces * 8;
-        if (m0 + row >= p.m) continue;
-        uint4 piece = *reinterpret_cast<const uint4*>(staging + row * C::kStagingRow + c * 2);
-        store8(out + (m0 + row) * p.out_stride + c0 + c, piece, columns_left - c0 - c, p.out_aligned);
-      }
+      move_rows<C>(lane, rows_left, columns_left - c0, p.out_aligned, [&](int row, int c, auto piece) {
+        using Piece = decltype(piece);
+        *reinterpret_cast<Piece*>(out + (m0 + row) * p.out_stride + c0 + c) = staged<Piece, C>(staging, row, c);
+      });
       __syncwarp();
     }
   }
 }
 
 // float32 outputs: a quad of threads writes 32 bytes of a row, so nothing is staged.
-template <class C>
+template <class C, bool kDynamic>
 __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
                                             const Sums<C>& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
@@ -525,7 +566,8 @@ __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t m = int64_t(t.m0) + row0 + i * 64 + warp * 16 + h * 8 + lane / 4;
-      const Row row = row_of(p, m);
+      Row row;
+      if (kDynamic) row = row_of(p, m);
       float* out = static_cast<float*>(p.out) + m * p.out_stride + column;
       const float* residual = static_cast<const float*>(p.residual) + residual_row(p, m) + column;
 #pragma unroll
@@ -534,11 +576,35 @@ __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int 
         for (int e = 0; e < 2; ++e) {
           const int c = j * 8 + lane % 4 * 2 + e;
           if (m >= p.m || c >= columns_left) continue;
-          float y = finish<C>(p, sums[i][j * 4 + h * 2 + e], columns[c], row);
+          float y = finish<C>(p, sums[i][j * 4 + h * 2 + e], columns[c], kDynamic, row);
           out[c] = p.residual ? y + residual[c] : y;
         }
       }
     }
+  }
+}
+
+template <class C, Float kType, bool kDynamic>
+__device__ __forceinline__ void write_half_with(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
+                                                const Sums<C>& sums, uint8_t* staging) {
+  if (!p.residual) {
+    write_half<C, kType, Residual::none, kDynamic>(p, t, row0, columns, sums, staging);
+  } else if (p.residual_type != Float::f32) {
+    write_half<C, kType, Residual::staged, kDynamic>(p, t, row0, columns, sums, staging);
+  } else {
+    write_half<C, kType, Residual::wide, kDynamic>(p, t, row0, columns, sums, staging);
+  }
+}
+
+template <class C, bool kDynamic>
+__device__ __forceinline__ void write_tile(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
+                                           const Sums<C>& sums, uint8_t* staging) {
+  if (p.out_type == Float::f16) {
+    write_half_with<C, Float::f16, kDynamic>(p, t, row0, columns, sums, staging);
+  } else if (p.out_type == Float::bf16) {
+    write_half_with<C, Float::bf16, kDynamic>(p, t, row0, columns, sums, staging);
+  } else {
+    write_float<C, kDynamic>(p, t, row0, columns, sums);
   }
 }
 
@@ -569,7 +635,7 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     float y[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      y[e] = finish<C>(p, sums[e], columns[c + e], of_row);
+      y[e] = finish<C>(p, sums[e], columns[c + e], p.row_scale, of_row);
     }
     const int64_t at = m * p.out_stride + column + c, from = residual_row(p, m) + column + c;
     const int count = columns_left - c;
@@ -601,6 +667,9 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
 }
 
 // --- kernel -----------------------------------------------------------------------------------------------------------
+//
+// Warps part by an index that the compiler knows to be one for all their threads: only then do the descriptors of wgmma
+// stay in uniform registers, and TMA is issued without a loop over the threads that might ask for it.
 
 template <class C>
 __device__ __forceinline__ void start_barriers(const Shared<C>& sm) {
@@ -615,16 +684,21 @@ __device__ __forceinline__ void start_barriers(const Shared<C>& sm) {
   __syncthreads();
 }
 
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 template <class C>
 __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm) {
   const int rank = blockIdx.x % p.splits, index = blockIdx.x / p.splits;
   const Reduction r = {p.k_tiles * rank / p.splits, p.k_tiles * (rank + 1) / p.splits - p.k_tiles * rank / p.splits};
-  const int thread = threadIdx.x % kGroup;
+  const int thread = threadIdx.x % kGroup, warp = cutlass::canonical_warp_idx_sync();
   const Tile t = locate<C>(p, index);
-  if (threadIdx.x < kGroup) {
-    if (thread == 0) {
-      produce(p, sm, index, 1, index + 1, r);
-    } else if (C::packed && thread >= 32) {
+  if (warp < kGroup / 32) {
+    if (warp == 0) {
+      if (cute::elect_one_sync()) produce(p, sm, index, 1, index + 1, r);
+    } else if (C::packed) {
       spread(p, sm, index, 1, index + 1, r);
     }
     __syncwarp();
@@ -636,17 +710,16 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     Sums<C> sums;
     multiply(sm, turn, r.count, 0, sums);
     sync_group(0);  // every warp is done with the stages
-    const int lane = thread % 32, warp = thread / 32;
+    const int lane = thread % 32;
 #pragma unroll
     for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        auto* row = sm.sums() + (i * 64 + warp * 16 + h * 8 + lane / 4) * C::kSumsRow + lane % 4 * 2;
+        auto* row = sm.sums() + (i * 64 + thread / 32 * 16 + h * 8 + lane / 4) * C::kSumsRow + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < C::kTileN / 8; ++j) {
-          using Pair = typename C::Math::Sum[2];
-          Pair& pair = *reinterpret_cast<Pair*>(row + j * 8);
-          pair[0] = sums[i][j * 4 + h * 2], pair[1] = sums[i][j * 4 + h * 2 + 1];
+          Pair<typename C::Math::Sum> pair = {sums[i][j * 4 + h * 2], sums[i][j * 4 + h * 2 + 1]};
+          *reinterpret_cast<decltype(pair)*>(row + j * 8) = pair;
         }
       }
     }
@@ -657,25 +730,30 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     __syncthreads();
   }
   write_shared<C>(p, sm, t, rank);
-  if (p.splits > 1) cooperative_groups::this_cluster().sync();  // others may still read this block's sums
+  if (p.splits > 1) {  // others may still read this block's sums; what it wrote need not have arrived
+    __syncwarp();
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  }
 }
 
 template <class C>
 __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>& sm) {
   const int tiles = p.tiles_m * p.tiles_n, stride = gridDim.x;
   const Reduction r = {0, p.k_tiles};
-  if (threadIdx.x < kGroup) {
+  const int warp = cutlass::canonical_warp_idx_sync();
+  if (warp < kGroup / 32) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x == 0) {
-      produce(p, sm, blockIdx.x, stride, tiles, r);
-    } else if (C::packed && threadIdx.x >= 32) {
+    if (warp == 0) {
+      if (cute::elect_one_sync()) produce(p, sm, blockIdx.x, stride, tiles, r);
+    } else if (C::packed) {
       spread(p, sm, blockIdx.x, stride, tiles, r);
     }
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<232>();
   wait_for_previous();
-  const int group = threadIdx.x / kGroup - 1;
+  const int group = warp / (kGroup / 32) - 1;
   const int row0 = C::turns == Turns::cooperative ? group * C::kBlocksM * 64 : 0;
   const Columns<C> columns(sm.vectors(group));
   uint8_t* staging = sm.staging(group * 4 + threadIdx.x % kGroup / 32);
@@ -695,10 +773,10 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
     multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
-    if (p.out_type == Float::f32) {
-      write_float<C>(p, t, row0, columns, sums);
+    if (p.row_scale) {
+      write_tile<C, true>(p, t, row0, columns, sums, staging);
     } else {
-      write_half<C>(p, t, row0, columns, sums, staging);
+      write_tile<C, false>(p, t, row0, columns, sums, staging);
     }
   }
 }
@@ -727,8 +805,8 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
     if (weight_map(problem, w, C::kTileN, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
     p.weights[i] = w;
     p.column[i] = column;
-    out_align |= column;
     column += w.n;
+    out_align |= column;
     p.tiles_n += (w.n + C::kTileN - 1) / C::kTileN;
     p.tile_end[i] = p.tiles_n;
   }
