@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
 from mixdq_ao import siblings
+from mixdq_ao.attention import AUTO, BACKENDS
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes
 from mixdq_ao.progress import track
@@ -35,6 +36,7 @@ def compile(
     dynamic: bool | None = False,
     cuda_graphs: bool | str = "auto",
     passes: Passes | None = None,
+    attention: str | None = AUTO,
     max_graphs: int = 8,
     copy_outputs: bool = True,
     options: dict | None = None,
@@ -44,14 +46,17 @@ def compile(
 
     The result stands for ``model``, which it shares: attributes, ``config``, ``state_dict()`` and ``to()`` are those of
     ``model``, and ``model`` itself still runs eagerly. Nothing is compiled before the first call; then every new batch
-    and picture size is compiled once. A floating model is compiled as it is, with CUDA graphs, which makes for a fair
-    comparison.
+    and picture size is compiled once. A floating model is compiled as it is but for its attention, with CUDA graphs,
+    which makes for a fair comparison.
 
     Args:
         fullgraph, dynamic, options: as for ``torch.compile``; ``options`` are Inductor's
         cuda_graphs: record each size as a CUDA graph and replay it: ``"auto"`` where that is possible (on a GPU,
             without gradients, no offloading), True to raise where it is not, False never
         passes: which rewrites to make; all by default
+        attention: which of torch's exact backends computes attention that has no mask. ``"auto"``: on a GPU the fastest
+            for each size, measured at the first call; ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"math"``: that
+            one, so that every process computes the same bits; None: the one that torch picks
         max_graphs: how many sizes to keep recorded; the one that was used longest ago goes first
         copy_outputs: give every call its own output. False saves a copy, but a call overwrites the output of the one
             before it with the same sizes
@@ -67,11 +72,14 @@ def compile(
         )
     if cuda_graphs not in (True, False, "auto"):
         raise UnsupportedError(f"cuda_graphs must be True, False or 'auto'; found {cuda_graphs!r}")
+    if attention not in (None, AUTO, *BACKENDS):
+        raise UnsupportedError(f"attention must be {AUTO}, {', '.join(BACKENDS)} or None; found {attention!r}")
     if max_graphs < 1:
         raise UnsupportedError(f"max_graphs must be at least 1; found {max_graphs}")
     model = getattr(model, "_orig_mod", model)
+    passes, options = passes or Passes(), options or {}
     settings = _Settings(
-        fullgraph, dynamic, cuda_graphs, passes or Passes(), max_graphs, copy_outputs, options or {}, progress
+        fullgraph, dynamic, cuda_graphs, passes, attention, max_graphs, copy_outputs, options, progress
     )
     return CompiledModel(model, settings)
 
@@ -95,6 +103,7 @@ class _Settings:
     dynamic: bool | None
     cuda_graphs: bool | str
     passes: Passes
+    attention: str | None
     max_graphs: int
     copy_outputs: bool
     options: dict
@@ -108,8 +117,10 @@ class CompiledModel(OptimizedModule):
     _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = None
 
     def __init__(self, model: nn.Module, settings: _Settings):
-        fuse = FuseQuantizers(settings.passes)
-        options = {**(_inductor_options(fuse) if _is_quantized(model) else {}), **settings.options}
+        quantized = _is_quantized(model)
+        fuse = FuseQuantizers(settings.passes if quantized else Passes.none(), settings.attention)
+        ours = _inductor_options(fuse) if quantized or settings.attention is not None else {}
+        options = {**ours, **settings.options}
         optimized = torch.compile(model, fullgraph=settings.fullgraph, dynamic=settings.dynamic, options=options)
         super().__init__(model, optimized.dynamo_ctx)
         self._settings, self._fuse = settings, fuse

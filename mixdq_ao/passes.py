@@ -9,7 +9,7 @@ into the graph are the functions of the next section: AOTAutograd traces through
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixdq_ao import ops, tensor
+from mixdq_ao import attention, ops, tensor
 from mixdq_ao.siblings import MAX_MERGED
 from mixdq_ao.tensor import MixDQTensor
 
@@ -112,6 +112,10 @@ def conv2d(xq: Tensor, w: MixDQTensor, bias, dtype, stride, dilation, residual=N
     )
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
+    return torch.ops.mixdq_ao.attention(q, k, v, scale, backend)
+
+
 FUNCTIONS = (
     quantize,
     quantize_traced,
@@ -121,6 +125,7 @@ FUNCTIONS = (
     linear,
     linear_multi,
     conv2d,
+    attend,
 )
 
 
@@ -131,10 +136,14 @@ class FuseQuantizers(CustomGraphPass):
     """For ``pre_grad_custom_pass``. ``hits`` counts what the last graph got; graphs from a cache are not seen here.
 
     A graph that writes into a tensor keeps its order: its layers are split, and ``hits["in_place"]`` says why no more.
+
+    Args:
+        backend: which one computes attention, as for ``mixdq_ao.compile``; None leaves that to torch
     """
 
-    def __init__(self, passes: Passes | None = None):
+    def __init__(self, passes: Passes | None = None, backend: str | None = None):
         self.passes = passes or Passes()
+        self.backend = backend
         self.hits: Counter[str] = Counter()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -142,6 +151,8 @@ class FuseQuantizers(CustomGraphPass):
         in_place = sum(map(_writes, graph.nodes))
         if in_place:
             self.hits["in_place"] = in_place
+        if self.backend is not None:
+            self.hits["attention"] = choose_attention(graph, self.backend)
         for name, rewrite in REWRITES.items():
             if name == "layers" or getattr(self.passes, name) and not in_place:
                 self.hits[name] = rewrite(graph, self.passes)
@@ -150,7 +161,31 @@ class FuseQuantizers(CustomGraphPass):
         graph.lint()
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, tensor.__file__, ops.__file__), extra=repr(self.passes))
+        files = __file__, tensor.__file__, ops.__file__, attention.__file__
+        return get_hash_for_files(files, extra=repr((self.passes, self.backend)))
+
+
+def choose_attention(graph: fx.Graph, backend: str) -> int:
+    """Attention that our operator can compute, which ``auto`` leaves alone where there is nothing to choose from."""
+    hits = 0
+    for node in _calls(graph, F.scaled_dot_product_attention):
+        arguments = _plain_attention(*node.args, **node.kwargs)
+        if arguments is not None and (backend != attention.AUTO or _value(arguments[0]).is_cuda):
+            hits += 1
+            _rewrite(graph, node, attend, (*arguments, backend))
+    return hits
+
+
+def _plain_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Queries, keys, values and scale; None if there is a mask or dropout, a gradient is wanted, or sizes are odd."""
+    if attn_mask is not None or dropout_p != 0 or is_causal or enable_gqa or isinstance(scale, fx.Node):
+        return None
+    values = [_value(node) for node in (query, key, value)]
+    if not all(isinstance(t, Tensor) and t.dim() == 4 and not t.requires_grad for t in values):
+        return None
+    q, k, v = values
+    fits = all(t.dtype == q.dtype and _known(t.shape[i] == q.shape[i] for i in (0, 1, 3)) for t in (k, v))
+    return (query, key, value, scale) if fits and _known([q.shape[3] % 8 == 0]) else None
 
 
 def no_ops(graph: fx.Graph, passes: Passes) -> int:
@@ -500,7 +535,7 @@ def _same_form(*nodes: fx.Node) -> bool:
         isinstance(v, Tensor)
         and v.dtype == first.dtype
         and len(v.shape) == len(first.shape)
-        and all(statically_known_true(a == b) for a, b in zip(v.shape, first.shape, strict=True))
+        and _known(a == b for a, b in zip(v.shape, first.shape, strict=True))
         for v in others
     )
 
@@ -510,7 +545,12 @@ def _is_one_pixel(node: fx.Node, image: fx.Node) -> bool:
     a, b = _value(node), _value(image)
     if not isinstance(a, Tensor) or a.dim() != 4 or a.dtype != b.dtype:
         return False
-    return all(statically_known_true(n == m) for n, m in zip(a.shape, (*b.shape[:2], 1, 1), strict=True))
+    return _known(n == m for n, m in zip(a.shape, (*b.shape[:2], 1, 1), strict=True))
+
+
+def _known(conditions: Iterable) -> bool:
+    """Whether all conditions on sizes, which may be symbols, hold whatever the sizes are."""
+    return all(map(statically_known_true, conditions))
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:

@@ -8,7 +8,7 @@ from models import run_unet, tiny_sdxl_unet, unet_inputs
 from torch import nn
 
 import mixdq_ao
-from mixdq_ao import MixDQConfig, MixDQTensor, UnsupportedError, observe, quantize_
+from mixdq_ao import MixDQConfig, MixDQTensor, UnsupportedError, attention, observe, quantize_
 from mixdq_ao.evaluate import sqnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -170,3 +170,81 @@ def test_a_floating_model():
     fast = mixdq_ao.compile(unet)
     close(run_unet(unet, **x), run_unet(fast, **x))
     assert fast.recorded == 1
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def qkv(batch, heads, tokens, keys, channels=64, dtype=torch.float16) -> list[torch.Tensor]:
+    """Views of what merged layers give: Q, K and V side by side, or keys and values of the text."""
+    g = torch.Generator("cuda").manual_seed(0)
+    widths = (3,) if tokens == keys else (1, 2)
+    parts = []
+    for count, length in zip(widths, (tokens, keys), strict=False):
+        x = torch.randn(batch, length, count * heads * channels, device="cuda", generator=g).to(dtype)
+        parts += [t.unflatten(2, (heads, channels)).transpose(1, 2) for t in x.chunk(count, -1)]
+    return parts
+
+
+SIZES = [(2, 10, 256, 256), (1, 20, 1024, 1024), (2, 20, 256, 77), (1, 3, 100, 5)]
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(attention, "_fastest", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_backend_is_exact(sizes, dtype):
+    x = qkv(*sizes, dtype=dtype)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in x))
+    names = attention.usable(*x)
+    assert {"flash", "efficient", "math"} <= set(names)
+    for name in names:
+        found = torch.ops.mixdq_ao.attention(*x, None, name)
+        assert sqnr(exact, found) > (45 if dtype == torch.bfloat16 else 60), name
+        assert found.stride() == torch.empty_like(x[0]).stride(), name
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_fastest_backend_is_measured_once(sizes, nothing_measured, monkeypatch):
+    x = qkv(*sizes)
+    times = attention.timings(*x)
+    assert set(times) == set(attention.usable(*x)) - {"math"} and all(0.001 < t < 10 for t in times.values())
+    assert attention.fastest(*x) in times
+    monkeypatch.delattr(attention, "timings")
+    assert attention.fastest(*x) in times
+
+
+def test_attention_in_a_capture(nothing_measured):
+    x = qkv(*SIZES[0])
+    expected = torch.ops.mixdq_ao.attention(*x, None, "flash")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        found = torch.ops.mixdq_ao.attention(*x, None, "auto")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(expected, found) and not attention._fastest
+
+
+@pytest.mark.parametrize("name", ["auto", "flash", "cudnn", "efficient", "math", None])
+def test_attention_can_be_chosen(unet, name, nothing_measured):
+    block = unet.down_blocks[1].attentions[0].transformer_blocks[0]
+    g = torch.Generator("cuda").manual_seed(1)
+    x, text = (torch.randn(2, n, 64, device="cuda", generator=g).half() for n in (64, 7))
+    fast = mixdq_ao.compile(block, attention=name)
+    with torch.no_grad():
+        close(block(x, None, text), fast(x, None, text))
+    assert fast.recorded == 1 and fast.hits.get("attention", 0) in (0, 2)  # 0 from the cache on disk
+    assert len(attention._fastest) == (2 if name == "auto" else 0)
+
+
+def test_a_backend_that_cannot_compute_it():
+    x = qkv(*SIZES[0], dtype=torch.float32)
+    with pytest.raises(
+        UnsupportedError, match="attention='flash' cannot compute .* of torch.float32 on cuda; efficient"
+    ):
+        torch.ops.mixdq_ao.attention(*x, None, "flash")
+    assert attention.fastest(*x) == "efficient"

@@ -22,7 +22,7 @@ errors progress _quiet _version
 bits
 packing
 ops
-tensor
+attention tensor
 files
 plan
 checkpoint

@@ -29,8 +29,8 @@ def fresh_compiler():
 class Backend:
     """Runs the pass, counts the calls that are left, and executes the graph without a compiler."""
 
-    def __init__(self, passes: Passes | None = None):
-        self.fuse = FuseQuantizers(passes)
+    def __init__(self, passes: Passes | None = None, attention: str | None = None):
+        self.fuse = FuseQuantizers(passes, attention)
         self.calls = collections.Counter()
 
     def __call__(self, gm, inputs):
@@ -46,14 +46,14 @@ class Backend:
         return aot_eager(gm, inputs)
 
 
-def compiled(module, passes: Passes | None = None):
-    backend = Backend(passes)
+def compiled(module, passes: Passes | None = None, attention: str | None = None):
+    backend = Backend(passes, attention)
     return torch.compile(module, fullgraph=True, backend=backend, dynamic=False), backend
 
 
-def check(module, *args, passes: Passes | None = None, **kwargs) -> Backend:
+def check(module, *args, passes: Passes | None = None, attention: str | None = None, **kwargs) -> Backend:
     """Bit-equal to eager, and how that was done."""
-    fast, backend = compiled(module, passes)
+    fast, backend = compiled(module, passes, attention)
     with torch.no_grad():
         assert torch.equal(fast(*args, **kwargs), module(*args, **kwargs))
     return backend
@@ -448,6 +448,70 @@ def test_nothing_is_shared_or_moved_over_a_write(write):
     assert set(hits) == {"in_place", "layers"}
 
 
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_of_a_block(block):
+    """A named backend stands in for torch's, and its output is quantized as before."""
+    backend = check(block, *tokens(), attention="flash")
+    assert backend.calls["attend"] == backend.fuse.hits["attention"] == 2
+    assert {name: backend.fuse.hits[name] for name in BLOCK_HITS} == BLOCK_HITS
+
+
+@pytest.mark.parametrize("attention", ["auto", None])
+def test_attention_on_a_cpu_is_torchs(block, attention):
+    backend = check(block, *tokens(), attention=attention)
+    assert backend.calls["scaled_dot_product_attention"] == 2 and not backend.fuse.hits["attention"]
+
+
+def qkv(*shape, seed=1) -> list[torch.Tensor]:
+    return [noise(*shape, seed=seed + i) for i in range(3)]
+
+
+ATTENTION = {
+    "plain": ({}, 1),
+    "scaled": ({"scale": 0.3}, 1),
+    "switched off": ({"attn_mask": None, "dropout_p": 0.0, "is_causal": False}, 1),
+    "masked": ({"attn_mask": torch.ones(7, 7).tril().bool()}, 0),
+    "causal": ({"is_causal": True}, 0),
+    "grouped": ({"enable_gqa": True}, 0),
+}
+
+
+@pytest.mark.parametrize("options, hits", ATTENTION.values(), ids=ATTENTION)
+def test_attention_that_can_be_given_to_a_backend(options, hits):
+    found = check(lambda *x: F.scaled_dot_product_attention(*x, **options), *qkv(2, 2, 7, 16), attention="flash")
+    assert found.fuse.hits["attention"] == hits
+
+
+@pytest.mark.parametrize(
+    "q, k, v",
+    [qkv(2, 7, 16), qkv(2, 2, 7, 12), [noise(2, 2, 7, 16), noise(1, 2, 7, 16), noise(1, 2, 7, 16)],
+     [noise(2, 2, 7, 16), noise(2, 2, 7, 16), noise(2, 2, 7, 24)]],
+    ids=["3 dimensions", "12 channels", "broadcast", "unequal channels"],
+)  # fmt: skip
+def test_odd_sizes_are_left_to_torch(q, k, v):
+    assert not check(F.scaled_dot_product_attention, q, k, v, attention="flash").fuse.hits["attention"]
+
+
+def test_attention_with_gradients_is_left_to_torch():
+    fast, backend = compiled(F.scaled_dot_product_attention, attention="math")
+    x = [t.requires_grad_() for t in qkv(2, 2, 7, 16)]
+    fast(*x).sum().backward()
+    assert not backend.fuse.hits["attention"] and all(t.grad is not None for t in x)
+
+
+def test_attention_of_any_size_is_one_graph(block):
+    backend = Backend(attention="flash")
+    fast = torch.compile(block.attn1, fullgraph=True, backend=backend, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for batch, length in ((2, 16), (3, 9)):
+        x = noise(batch, length, 32)
+        with torch.no_grad():
+            assert torch.equal(fast(x), block.attn1(x))
+    assert backend.fuse.hits["attention"] == 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_inputs_by_keyword():
     def run(x):
         a, b = torch.chunk(input=layer(F.layer_norm(input=x, normalized_shape=(16,))), chunks=2, dim=-1)
@@ -546,3 +610,4 @@ def test_sdxl():
 def test_the_uuid_knows_the_passes():
     assert FuseQuantizers().uuid() == FuseQuantizers(Passes()).uuid()
     assert len({FuseQuantizers(p).uuid() for p in (Passes(), Passes.none(), Passes(max_merged=3))}) == 3
+    assert len({FuseQuantizers(backend=name).uuid() for name in (None, "auto", "flash")}) == 3

@@ -1,0 +1,131 @@
+"""Attention without a mask by one of torch's exact backends: a named one, or the fastest for the sizes at hand.
+
+torch picks a backend by a fixed order while a graph is traced. ``auto`` measures instead, when the operator first meets
+sizes on a CUDA device: so neither the graph nor its key in a compile cache depends on what was measured, dynamic sizes
+are chosen one by one, and what is timed are the very strides, and the plans of cuDNN, that are used from then on.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.backends import cuda
+
+from mixdq_ao.errors import UnsupportedError
+from mixdq_ao.ops import _define, _fake
+
+aten = torch.ops.aten
+
+# In the order in which they are preferred where they are equally fast: flash attention needs no plan and no workspace.
+BACKENDS = ("flash", "cudnn", "efficient", "math")
+AUTO = "auto"
+
+_CAN_USE = {
+    "flash": cuda.can_use_flash_attention,
+    "cudnn": cuda.can_use_cudnn_attention,
+    "efficient": cuda.can_use_efficient_attention,
+}
+# From this version on torch itself prefers cuDNN: lengths that are no multiples of 128 were repaired in it.
+_CUDNN = 91501
+_TOLERANCE = 0.01  # of the norm; two backends differ by 0.001 in float16 and 0.004 in bfloat16
+_MARGIN = 1.03  # a faster backend gains at least that much
+
+_ROUNDS, _RUNS = 3, 10
+# About two milliseconds: launches queue up behind that wait, and then follow one another as in a recorded graph.
+_WAIT_CYCLES = 4_000_000
+
+_fastest: dict[tuple, str] = {}
+
+
+# q, k and v: [batch, heads, tokens, channels], channels a multiple of 8, k and v with tokens of their own. scale: None
+# for 1 / sqrt(channels). The output is as q, dense, its strides in the order of those of q.
+@_define("attention(Tensor q, Tensor k, Tensor v, float? scale, str backend) -> Tensor")
+def _attention(q, k, v, scale, backend):
+    if backend == AUTO:
+        return _run(fastest(q, k, v, scale), q, k, v, scale)
+    if not _is_usable(backend, q, k, v):
+        raise UnsupportedError(
+            f"attention={backend!r} cannot compute queries {list(q.shape)} and keys {list(k.shape)} of {q.dtype} on "
+            f"{q.device.type}; {' or '.join(usable(q, k, v))} can. Use one of them, or attention='auto'"
+        )
+    return _run(backend, q, k, v, scale)
+
+
+@_fake("attention")
+def _(q, k, v, scale, backend):
+    return torch.empty_like(q)
+
+
+def usable(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """The backends that can compute these sizes on this device, and that torch's switches allow."""
+    return [name for name in BACKENDS if _is_usable(name, q, k, v)]
+
+
+def fastest(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
+    """The fastest usable backend for these sizes, measured once in a process; ``math`` only if it is the only one."""
+    names = tuple(usable(q, k, v))
+    key = q.device, q.dtype, q.shape, k.shape, names
+    if key not in _fastest:
+        if len(names) <= 2 or torch.cuda.is_current_stream_capturing():
+            return names[0]
+        times = timings(q, k, v, scale)
+        _fastest[key] = next((name for name, t in times.items() if t <= _MARGIN * min(times.values())), "math")
+    return _fastest[key]
+
+
+def timings(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> dict[str, float]:
+    """Milliseconds on the GPU of each usable backend but ``math``; one that fails, or disagrees with the first that
+    does not, is left out."""
+    times, expected = {}, None
+    for name in usable(q, k, v)[:-1]:
+        try:
+            found = _run(name, q, k, v, scale).float()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # cuDNN finds out when it builds a plan
+            continue
+        expected = found if expected is None else expected
+        if (found - expected).norm() <= _TOLERANCE * expected.norm():
+            times[name] = _time(lambda name=name: _run(name, q, k, v, scale), q.device)
+    return times
+
+
+def _is_usable(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if name == "math":
+        return True
+    if not q.is_cuda:
+        return name == "flash"
+    if name == "cudnn" and (torch.backends.cudnn.version() or 0) < _CUDNN:
+        return False
+    return _CAN_USE[name](cuda.SDPAParams(q, k, v, None, 0.0, False, False))
+
+
+def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    if name == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
+    if name == "flash" and q.is_cuda:
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    if name == "flash":
+        y = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+    elif name == "efficient":
+        y = aten._scaled_dot_product_efficient_attention(q, k, v, None, False, scale=scale)[0]
+    else:
+        y = aten._scaled_dot_product_attention_math(q, k, v, scale=scale)[0]
+    # These have an order of their own.
+    promised = torch.empty_like(q, device="meta").stride()
+    return y if y.stride() == promised else torch.empty_like(q).copy_(y)
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a run, in the best of a few rounds."""
+    run()
+    with torch.cuda.device(device):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_ROUNDS)]
+        for start, end in events:
+            torch.cuda._sleep(_WAIT_CYCLES)
+            start.record()
+            for _ in range(_RUNS):
+                run()
+            end.record()
+        torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in events) / _RUNS
