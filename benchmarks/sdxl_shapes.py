@@ -1,4 +1,4 @@
-"""Every linear and convolution of SDXL's UNet, from its configuration alone: no diffusers, no torch."""
+"""Every linear, convolution and attention of SDXL's UNet, from its configuration alone: no diffusers, no torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ TRANSFORMER_BLOCKS = (0, 2, 10)  # in each transformer of a level
 RESNETS = 2  # of a level on the way down, and one more on the way up
 TEXT_TOKENS, TEXT_CHANNELS = 77, 2048
 EMBEDDING, CONDITIONS = 1280, 2816
+HEAD_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,23 @@ class Conv:
 Layer = Linear | Conv
 
 
+@dataclass(frozen=True)
+class Attention:
+    """``tokens`` queries of each image see ``keys`` keys."""
+
+    batch: int
+    heads: int
+    tokens: int
+    keys: int
+
+    def __str__(self) -> str:
+        return f"attention {self.batch} x {self.heads} heads, {self.tokens} x {self.keys}"
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.batch * self.heads * self.tokens * self.keys * HEAD_CHANNELS
+
+
 def layers(pixels: int, batch: int) -> Counter[Layer]:
     """Every layer of one step for pictures of that many pixels a side, and how often it comes."""
     found: Counter[Layer] = Counter()
@@ -145,3 +163,15 @@ def merged(pixels: int, batch: int) -> list[Linear]:
             found += [Linear(TEXT_TOKENS * batch, c, TEXT_CHANNELS, weights) for weights in (2, 4)]
         found += [Linear(batch, c, EMBEDDING, weights) for weights in (2, 4)]
     return found
+
+
+def attentions(pixels: int, batch: int) -> Counter[Attention]:
+    """Every attention of one step, and how often it comes: of the picture to itself, and to the text."""
+    found: Counter[Attention] = Counter()
+    last = len(CHANNELS) - 1
+    for level, (c, blocks) in enumerate(zip(CHANNELS, TRANSFORMER_BLOCKS, strict=True)):
+        tokens = (pixels // 8 >> level) ** 2
+        count = (2 * RESNETS + 1 + (level == last)) * blocks  # the way down, the way up, the middle
+        for keys in (tokens, TEXT_TOKENS):
+            found[Attention(batch, c // HEAD_CHANNELS, tokens, keys)] += count
+    return +found

@@ -4,21 +4,24 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import attention
 import gpu
 import kernels
 import sdxl_shapes
 import tune
-from sdxl_shapes import Conv, Linear
+from sdxl_shapes import Attention, Conv, Linear
 
 
 def shapes_of_diffusers(pixels: int, batch: int) -> Counter:
-    """The layers that diffusers' UNet of SDXL calls, on the meta device."""
+    """The layers and attentions that diffusers' UNet of SDXL calls, on the meta device."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -44,11 +47,15 @@ def shapes_of_diffusers(pixels: int, batch: int) -> Counter:
                 shape = (x.shape[0], x.shape[2], x.shape[1], module.out_channels)
                 found[Conv(*shape, module.kernel_size[0], module.stride[0])] += 1
 
+        def attend(q, k, v, **options):
+            found[Attention(*q.shape[:3], k.shape[2])] += 1
+            return torch.empty_like(q)
+
         for module in unet.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.register_forward_pre_hook(record)
         size = pixels // 8
-        with torch.inference_mode():
+        with torch.inference_mode(), mock.patch.object(F, "scaled_dot_product_attention", attend):
             unet(
                 torch.empty(batch, 4, size, size),
                 torch.tensor(1),
@@ -59,13 +66,16 @@ def shapes_of_diffusers(pixels: int, batch: int) -> Counter:
 
 
 def test_shapes_are_those_of_diffusers():
-    assert sdxl_shapes.layers(768, 2) == shapes_of_diffusers(768, 2)
+    assert sdxl_shapes.layers(768, 2) + sdxl_shapes.attentions(768, 2) == shapes_of_diffusers(768, 2)
 
 
 def test_sizes_of_a_step():
     layers = sdxl_shapes.layers(512, 1)
     assert layers.total() == 743 + 51
     assert round(sum(count * layer.flops for layer, count in layers.items()) / 1e9) == 1534
+    attentions = sdxl_shapes.attentions(1024, 1)
+    assert attentions.total() == 2 * 70
+    assert round(sum(count * one.flops for one, count in attentions.items()) / 1e9) == 784
     stride_2 = Conv(1, 64, 320, 320, 3, stride=2)
     assert stride_2 in layers and (stride_2.m, stride_2.k, stride_2.taps) == (1024, 2880, 9)
 
@@ -163,6 +173,14 @@ def test_sums_of_a_step():
     assert sums["linear"]["w8a8_over_fp16"] == 2 and sums["linear"]["sm80_over_fp16"] == 1.25
     assert sums["conv"]["sm80_ms"] == 0.2 and sums["conv"]["sm80_missing"] == 2
     assert sums["all"]["fp16_ms"] == 0.4 and sums["all"]["w4a8_ms"] == pytest.approx(0.18)
+
+
+def test_sums_of_the_attention_of_a_step():
+    rows = [
+        {"count": 10, "us": {"flash": 20.0, "cudnn": 10.0, attention.TORCH: 10.0}, "auto": "cudnn"},
+        {"count": 10, "us": {"flash": 4.0, attention.TORCH: 5.0}, "auto": "flash"},
+    ]
+    assert attention.sums(rows) == {"flash": 0.24, attention.TORCH: 0.15, "auto": 0.14, "best": 0.14}
 
 
 @pytest.mark.parametrize("lacks", ["device", "library"])
