@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models import quantize_by_hand, run_unet, tiny_sdxl_unet, unet_inputs
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 
 from mixdq_ao import MixDQConfig, MixDQTensor, Passes, families, observe, quantize_
 from mixdq_ao.passes import REWRITES, FuseQuantizers
@@ -462,6 +463,18 @@ def test_attention_of_a_block(block):
 def test_attention_on_a_cpu_is_torchs(block, attention):
     backend = check(block, *tokens(), attention=attention)
     assert backend.calls["scaled_dot_product_attention"] == 2 and not backend.fuse.hits["attention"]
+
+
+@pytest.mark.parametrize("device, hits", [("cuda", 1), ("cpu", 0)])
+def test_attention_is_chosen_where_there_is_a_choice(device, hits):
+    """On a GPU, which no test needs to have."""
+    graph, fuse = torch.fx.Graph(), FuseQuantizers(Passes.none(), "auto")
+    with FakeTensorMode():
+        for name in "qkv":
+            graph.placeholder(name).meta["example_value"] = torch.empty(2, 4, 64, 64, device=device)
+    graph.output(graph.call_function(F.scaled_dot_product_attention, tuple(graph.nodes), {"attn_mask": None}))
+    fuse(graph)
+    assert fuse.hits["attention"] == hits
 
 
 def qkv(*shape, seed=1) -> list[torch.Tensor]:
