@@ -16,6 +16,7 @@ void* driver_function(const char* name) {
 
 }  // namespace
 
+// L2 promotions as CUTLASS sets them for both forms of input. Weights come from DRAM in order: fetch twice the row.
 CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
   static const auto tiled = PFN_cuTensorMapEncodeTiled_v12000(driver_function("cuTensorMapEncodeTiled"));
   static const auto im2col = PFN_cuTensorMapEncodeIm2col_v12000(driver_function("cuTensorMapEncodeIm2col"));
@@ -28,7 +29,7 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
     cuuint64_t stride[1] = {cuuint64_t(x.stride_w * bytes)};
     cuuint32_t box[2] = {kRowBytes, cuuint32_t(tile_m)}, step[2] = {1, 1};
     return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   }
   cuuint64_t size[4] = {cuuint64_t(x.channels * bytes), cuuint64_t(x.width), cuuint64_t(x.height), cuuint64_t(x.batch)};
   cuuint64_t stride[3] = {cuuint64_t(x.stride_w * bytes), cuuint64_t(x.stride_h * bytes), cuuint64_t(x.stride_n * bytes)};
@@ -37,7 +38,7 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
   int upper[2] = {-(p.window.s - 1) * p.window.dilation_w, -(p.window.r - 1) * p.window.dilation_h};
   cuuint32_t step[4] = {1, cuuint32_t(p.window.stride_w), cuuint32_t(p.window.stride_h), 1};
   return im2col(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, data, size, stride, lower, upper, kRowBytes, tile_m, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
