@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,13 +262,18 @@ def _make_unet(floating_unet: nn.Module, recipe: Recipe) -> nn.Module:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash, in hex, of all parameters and buffers of a model, quantized or not."""
-    total = hashlib.blake2b(digest_size=16)
+    named = []
     for name, value in sorted(model.state_dict().items()):
         inner = value.stored_tensors() if hasattr(value, "stored_tensors") else {"": value}
-        for key, tensor in sorted(inner.items()):
-            total.update(f"{name}.{key}:{tensor.dtype}:{list(tensor.shape)};".encode())
-            total.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-    return total.hexdigest()
+        named += [(f"{name}.{key}:{t.dtype}:{list(t.shape)};", t) for key, t in sorted(inner.items())]
+    with ThreadPoolExecutor() as pool:  # copies and hashes let go of the interpreter
+        hashes = pool.map(_hash, [t for _, t in named])
+        whole = "".join(what + found for (what, _), found in zip(named, hashes, strict=True))
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def mean_weight_bits(unet: nn.Module) -> float:
