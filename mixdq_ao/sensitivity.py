@@ -4,7 +4,7 @@ Two ways to the same tables:
 
 - :func:`sensitivity` quantizes each layer in turn, runs the model, and compares: SQNR of the UNet output for all
   layers, SSIM of the pictures for content layers (for all, if asked).
-- With ``cheap=True`` one forward and backward for each prompt predicts the SQNR of all layers at once, to first order.
+- With ``cheap=True`` a forward and backward of some prompts predicts the SQNR of all layers at once, to first order.
   A layer's rounding error d, at its output, reaches the UNet output as J d, J the Jacobian of what follows. For a
   probe v of independent standard normal values, ``E (v . J d)^2 = |J d|^2``, and ``v . J d`` is the product of d with
   the gradient of ``v . output`` at the layer's output, which backward passes by anyway.
@@ -127,11 +127,13 @@ def sensitivity(
         pipe: a diffusers pipeline with a floating UNet; under ``accelerate launch`` it moves to the process's device.
         params: scales and zero points at each width, from ``calibrate``; None = weights by their largest value,
             activations dynamic.
-        out: a folder. Each layer (cheap: each prompt) is noted there as soon as it is done, and the same call, made
+        out: a folder. Each layer (cheap: each batch) is noted there as soon as it is done, and the same call, made
             again after it was stopped, goes on from there.
         kinds: "weight" at 2, 4 and 8 bits with floating activations, "act" at 4 and 8 bits with floating weights.
         metrics: "decoupled": SSIM for content layers only; "both": for all. SQNR is there for all layers.
         probes: random directions for each prompt in cheap mode; prompts * probes estimates are averaged.
+        batch_size: pictures at a time; in cheap mode prompts * probes, with what a backward pass keeps for each (1.5
+            GiB for SDXL at 512 px). Rounding weights takes as long for many prompts as for one.
         layers: names of the layers to measure; all by default.
 
     Raises ``MixDQError`` for a quantized model, unknown names, and for an ``out`` that holds another measurement.
@@ -444,12 +446,12 @@ def _measure(run: _Run, rows: _Rows, processes: _Processes, kinds, names, progre
         _note_model(run, rows)
     text = "Sensitivity" if processes.count == 1 else f"Sensitivity, process 1 of {processes.count}"
     for kind, name in track(mine, text, len(mine), progress if processes.rank == 0 else False):
-        values: dict[str, dict[int, float]] = {}
+        start, values = time.perf_counter(), {}
         for bits in KINDS[kind]:
             with simulated(run.pipe.unet, run.params, {name: _pair(kind, bits)}):
                 for metric, score in run.scores(run.wants_pictures(name)).items():
                     values.setdefault(metric, {})[bits] = score
-        rows.add(kind, name, values)
+        rows.add(kind, name, {**values, "took": time.perf_counter() - start})
 
 
 def _note_model(run: _Run, rows: _Rows) -> None:
@@ -495,10 +497,13 @@ class _ProbedWeight(LayerWeight):
 
 
 class _Probe:
-    """Products of a layer's rounding errors with the gradients of each probe, summed over the layer's calls."""
+    """Products of a layer's rounding errors with the gradients of each probe, summed over the layer's calls.
 
-    def __init__(self, name: str, module: nn.Module, run: _Run, points, kinds: Sequence[str], probes: int):
-        self._name, self._weight, self._probes = name, module.weight.detach(), probes
+    ``shape`` of the batch: probes, how often the pipeline repeats the prompts (twice with guidance), prompts.
+    """
+
+    def __init__(self, name: str, module: nn.Module, run: _Run, points, kinds: Sequence[str], shape: tuple):
+        self._weight, self._shape = module.weight.detach(), shape
         groups = input_groups(name, module, run.params, points)
         p = None if run.params is None else run.params.layers[name]
         self._bos = p if p is not None and p.bos_output is not None else None
@@ -510,8 +515,8 @@ class _Probe:
     @torch.no_grad()
     def __call__(self, func, x: Tensor, rest, gradient: Tensor) -> None:
         # Probes repeat the batch: the first of them has the inputs of all.
-        x = x.unflatten(0, (self._probes, -1))[0]
-        gradient = gradient.unflatten(0, (self._probes, -1)).float()
+        x = x.unflatten(0, self._shape)[0].flatten(0, 1)
+        gradient = gradient.unflatten(0, self._shape).float()
         for bits, scale in self._scales.items():
             change = rounded_weight(self._weight, bits, scale, self._groups).sub_(self._weight)
             self._add("weight", bits, func(x, change, None, *rest), gradient)
@@ -522,16 +527,14 @@ class _Probe:
             self._add("act", bits, func(change, self._weight, None, *rest), gradient)
 
     def _add(self, kind: str, bits: int, error: Tensor, gradient: Tensor) -> None:
-        product = (gradient * error.float()).flatten(1).sum(1).double()
+        error = error.unflatten(0, self._shape[1:]).float()
+        product = (gradient * error).flatten(3).sum((1, 3)).double()
         before = self.products.get((kind, bits))
         self.products[kind, bits] = product if before is None else before + product
 
-    def noise(self, kind: str) -> list[float]:
-        """Estimated energy that reaches the UNet output, at each width."""
-        noise = [float(self.products[kind, bits].square().mean()) for bits in KINDS[kind]]
-        if not all(map(math.isfinite, noise)):
-            raise MixDQError(f"{self._name}: the gradient is not finite; run the UNet in float32 or bfloat16")
-        return noise
+    def noise(self, kind: str) -> Tensor:
+        """Estimated energy that reaches the UNet output, at each width, summed over the prompts."""
+        return torch.stack([self.products[kind, bits].square().mean(0).sum() for bits in KINDS[kind]])
 
 
 @contextmanager
@@ -555,39 +558,47 @@ def _probing(model: nn.Module, probes: dict[str, _Probe]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def probe_call(run: _Run, call: _Call, kinds, names, probes: int, generator: torch.Generator) -> dict:
-    """Energies that one UNet call's output has, and that each layer's rounding adds to it, to first order."""
-    points = families.split_points(run.pipe.unet)
-    made = {name: _Probe(name, run.layers[name], run, points, kinds, probes) for name in names}
+def probe_call(run: _Run, call: _Call, kinds, names, probes: int, generators: Sequence[torch.Generator]) -> dict:
+    """Energies that one UNet call's output has, and that each layer's rounding adds to it, to first order.
+
+    ``generators``: one for each prompt, so that its directions do not depend on the prompts beside it.
+    """
+    points, prompts = families.split_points(run.pipe.unet), len(generators)
+    shape = probes, call.batch // prompts, prompts
+    made = {name: _Probe(name, run.layers[name], run, points, kinds, shape) for name in names}
     args, kwargs = call.on_batch(lambda t: t.repeat(probes, *(1,) * (t.dim() - 1)))
     with _probing(run.pipe.unet, made), torch.enable_grad():
         output = run.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
-        direction = torch.randn(output.shape, generator=generator).to(output)
-        output.backward(direction)
+        directions = [torch.randn((probes * shape[1], *output.shape[1:]), generator=g) for g in generators]
+        output.backward(torch.stack(directions, 1).flatten(0, 1).to(output))
     if idle := [name for name, probe in made.items() if not probe.products]:
         raise MixDQError(f"{len(idle)} layers do not reach the UNet's output: {name_list(idle)}")
-    return {
-        "signal": float(call.output.double().square().sum()),
-        "noise": {kind: {name: probe.noise(kind) for name, probe in made.items()} for kind in kinds},
-    }
+    noise = {}
+    for kind in kinds:
+        values = torch.stack([made[name].noise(kind) for name in names]).tolist()  # one wait for all layers
+        noise[kind] = dict(zip(names, values, strict=True))
+        if wrong := [name for name, v in noise[kind].items() if not all(map(math.isfinite, v))]:
+            raise MixDQError(f"{wrong[0]}: the gradient is not finite; run the UNet in float32 or bfloat16")
+    return {"signal": float(call.output.double().square().sum()), "noise": noise}
 
 
 def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes: int, progress) -> None:
-    numbers = [i for i in range(len(run.prompts)) if ("prompt", i) not in rows.done]
-    mine = processes.share(numbers)
-    for number in track(mine, "Sensitivity", len(mine), progress if processes.rank == 0 else False):
+    every, at_once = range(len(run.prompts)), max(1, run.batch_size // probes)
+    batches = [every[first : first + at_once] for first in every[::at_once] if ("prompts", first) not in rows.done]
+    mine = processes.share(batches)
+    for numbers in track(mine, "Sensitivity", len(mine), progress if processes.rank == 0 else False):
         start = time.perf_counter()
-        _, calls = run.draw([number], 1, pictures=False)
-        found = [
-            probe_call(run, call, kinds, names, probes, generators(run.seed + 1, [number * len(calls) + i])[0])
-            for i, call in enumerate(calls)
-        ]
+        _, calls = run.draw(numbers, len(numbers), pictures=False)
+        found = []
+        for i, call in enumerate(calls):
+            seeds = [number * len(calls) + i for number in numbers]
+            found.append(probe_call(run, call, kinds, names, probes, generators(run.seed + 1, seeds)))
         noise = {
             kind: {name: [sum(v) for v in zip(*(f["noise"][kind][name] for f in found), strict=True)] for name in names}
             for kind in kinds
         }
         signal, seconds = sum(f["signal"] for f in found), time.perf_counter() - start
-        rows.add("prompt", number, {"signal": signal, "noise": noise, "took": seconds})
+        rows.add("prompts", numbers[0], {"signal": signal, "noise": noise, "took": seconds})
     processes.wait()
     if processes.rank == 0 and not {("floor", ""), ("anchors", "")} <= rows.done:
         content = [name for name in names if run.wants_pictures(name)]
@@ -599,7 +610,7 @@ def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes
 
 def _predicted_noise(rows: dict, kinds, names) -> dict[str, dict[str, dict[int, float]]]:
     """Relative error energy of the UNet output: kind -> layer -> bits."""
-    found = [row for (what, _), row in rows.items() if what == "prompt"]
+    found = [row for (what, _), row in rows.items() if what == "prompts"]
     signal = sum(row["signal"] for row in found)
     return {
         kind: {

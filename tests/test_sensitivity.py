@@ -126,6 +126,39 @@ def test_the_prediction_is_the_measurement_to_first_order(calibrated, tmp_path):
         assert cheap.scores[kind]["ssim"].keys() == full.scores[kind]["ssim"].keys()
 
 
+class GuidedPipeline(FakePipeline):
+    """Runs its UNet on every prompt twice, as pipelines with guidance do."""
+
+    def __call__(self, prompt, generator, output_type, **options):
+        def twice(module, args, kwargs):
+            x, t, texts = args
+            added = {name: value.repeat(2, 1) for name, value in kwargs["added_cond_kwargs"].items()}
+            args = (x.repeat(2, 1, 1, 1), t, torch.cat([texts * 0.5, texts]))
+            return args, {**kwargs, "added_cond_kwargs": added}
+
+        hook = self.unet.register_forward_pre_hook(twice, with_kwargs=True)
+        joined = self.unet.register_forward_hook(lambda module, args, output: (output[0].unflatten(0, (2, -1)).sum(0),))
+        try:
+            return super().__call__(prompt, generator=generator, output_type=output_type, **options)
+        finally:
+            hook.remove()
+            joined.remove()
+
+
+@pytest.mark.parametrize("make", [FakePipeline, GuidedPipeline])
+def test_the_prediction_does_not_depend_on_how_many_prompts_are_at_a_time(calibrated, tmp_path, make):
+    kwargs = {"layers": LAYERS, "cheap": True, "probes": 2, "progress": False}
+    one, several = (
+        sensitivity(make(), calibrated[1], prompts(5), tmp_path / str(n), batch_size=n, **kwargs) for n in (2, 6)
+    )
+    assert [len(list(r for r in lines(tmp_path / n) if r["what"] == "prompts")) for n in "26"] == [5, 2]
+    for kind in KINDS:
+        for name in LAYERS:
+            for bits in KINDS[kind]:
+                values = [found.scores[kind]["sqnr"][name][bits] for found in (one, several)]
+                assert values[0] == pytest.approx(values[1], abs=0.01)
+
+
 def test_the_prediction_leaves_no_trace(calibrated, tmp_path):
     pipe, _ = calibrated
     before = {name: (p, p.requires_grad) for name, p in pipe.unet.named_parameters()}
