@@ -1,5 +1,6 @@
 """What the GPU benchmarks decide without a GPU: shapes, candidates, the table of kernels, sums."""
 
+import json
 import os
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import attention
 import gpu
 import kernels
 import sdxl_shapes
+import sensitivity
 import tune
 from sdxl_shapes import Attention, Conv, Linear
 
@@ -181,6 +183,22 @@ def test_sums_of_the_attention_of_a_step():
         {"count": 10, "us": {"flash": 4.0, attention.TORCH: 5.0}, "auto": "flash"},
     ]
     assert attention.sums(rows) == {"flash": 0.24, attention.TORCH: 0.15, "auto": 0.14, "best": 0.14}
+
+
+def test_rates_of_the_sensitivity_stage(tmp_path, capsys):
+    work = {0: [("weight", "ff", 2.0), ("act", "ff", 1.0)], 1: [("weight", "conv", 0.5), ("act", "conv", 0.5)]}
+    for rank, rows in work.items():
+        lines = [{"settings": {}}, *({"what": what, "key": key, "took": took} for what, key, took in rows)]
+        (tmp_path / f"rows-{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = sensitivity.full_rates(tmp_path, {"content": ["ff", "attn2"], "quality": ["conv"]})
+    assert found["measured"] == 2 and found["layers_per_s"] == 2 / 3
+    assert (found["content"]["s_per_layer"], found["quality"]["s_per_layer"]) == (3, 1)
+    assert found["estimated_min"] == (2 * 3 + 1) / 60 / 2
+    for processes, rate in ((1, 0.5), (2, 0.75)):
+        report = sensitivity.Report(tmp_path / "out.json", processes, 0)
+        report.add("layers", {"layers_per_s": rate})
+    whole = json.loads((tmp_path / "out.json").read_text())
+    assert whole["over_one_process"] == {"1": 1, "2": 1.5} and set(whole["processes"]) == {"1", "2"}
 
 
 @pytest.mark.parametrize("lacks", ["device", "library"])
