@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from mixdq_ao import MixDQError, MixDQTensor, families
 from mixdq_ao.bench import Results, Row, inputs, models, results, run, run_bench, table, timing, tracing, variants
 from mixdq_ao.bench.plot import write_plot
 from mixdq_ao.bench.timing import Times
+from mixdq_ao.bench.turns import Turns, within
 from mixdq_ao.cli import app
 from mixdq_ao.files import write_text
 from mixdq_ao.plan import BitPlan
@@ -106,6 +109,50 @@ def test_a_batch_that_fits_only_quantized_has_nothing_to_be_compared_with(config
     found = bench(config, ["float", "w8a8-eager"], batches=[1, 2])
     assert [bool(r.error) for r in found.rows] == [False, True, False, False]
     assert found.row("w8a8-eager", 1).sqnr > 10 and found.row("w8a8-eager", 2).sqnr is None
+
+
+def test_variants_in_processes_of_their_own(config, tmp_path, capfd):
+    names, out = ["float", "w8a8-eager", "w8a8-dynamic-eager"], tmp_path / "bench.json"
+    found = run_bench(config, size=SIZE, variants=names, batches=[1, 2], repeats=2, warmup=1, jobs=3, out=out)
+    assert [(r.variant, r.batch, r.error) for r in found.rows] == [
+        (name, batch, "") for name in ("fp32", *names[1:]) for batch in (1, 2)
+    ]
+    assert len({r.run for r in found.rows}) == 1 and Results.read(out) == found
+    assert found.row("w8a8-eager", 2).sqnr > 10 and found.row("fp32", 1).same
+    assert capfd.readouterr().err.count(" ms\n") == 6
+
+
+def test_a_variant_that_compiles_for_too_long_is_a_row_that_says_so(config, monkeypatch):
+    monkeypatch.setattr(variants, "_torch_compile", lambda model: lambda **inputs: time.sleep(60))
+    slow, fine = bench(config, ["float-compiled", "float"], compile_limit=0.5).rows
+    assert slow.error == "TimeoutError: not compiled within 0.5 s" and not fine.error
+    with pytest.raises(MixDQError, match="jobs must be at least 1"):
+        bench(config, ["float"], jobs=0)
+
+
+def test_who_measures_is_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = []
+
+    def work(hold, name):
+        with hold:
+            done.append(name)
+
+    with Turns(CPU).together(), Turns(CPU).together():
+        measuring = threading.Thread(target=work, args=(Turns(CPU).alone(), "measured"))
+        measuring.start()
+        measuring.join(0.2)
+        assert not done
+    measuring.join()
+    with Turns(CPU).alone():
+        compiling = threading.Thread(target=work, args=(Turns(CPU).together(), "compiled"))
+        compiling.start()
+        compiling.join(0.2)
+        assert done == ["measured"]
+    compiling.join()
+    with within(None, "done"), within(60, "done"):
+        pass
+    assert done == ["measured", "compiled"]
 
 
 def test_torchao_takes_layers_with_rows_enough(config):

@@ -39,7 +39,7 @@ compiling exporting compile_cache
 <method>
 report
 auto demo doctor
-bench.timing bench.inputs bench.models bench.variants bench.tracing
+bench.timing bench.turns bench.inputs bench.models bench.variants bench.tracing
 bench.results
 bench.run bench.plot
 bench

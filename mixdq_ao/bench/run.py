@@ -2,9 +2,13 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
+import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from mixdq_ao.bench import timing, tracing
 from mixdq_ao.bench.inputs import make_inputs
 from mixdq_ao.bench.models import SDXL, Source, find_model
 from mixdq_ao.bench.results import Results, Row, Settings, agreement
+from mixdq_ao.bench.turns import Turns, within
 from mixdq_ao.bench.variants import (
     COMPILED,
     DTYPES,
@@ -53,6 +58,8 @@ def run_bench(
     warmup: int = 3,
     cold: bool = True,
     seed: int = 0,
+    jobs: int = 1,
+    compile_limit: float | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
     profile: str | os.PathLike | None = None,
@@ -69,9 +76,13 @@ def run_bench(
         layers: at most so many transformer layers in each block, for random weights
         channels_last: memory format of convolution weights and of the input, for every variant alike
         cold: compile every variant with empty caches, so that the seconds it takes say something
+        jobs: prepare and compile that many variants side by side, each in a process of its own, which holds a model on
+            the device; they are measured one after the other. A script that asks for several needs a main guard
+        compile_limit: seconds; a variant that needs more for a batch size becomes a row that says so
         out: a JSON file, written after each variant; ``resume`` keeps the rows that it has
         profile: a folder for a trace of one step of each variant, and for what nsys and ncu say where they are
         memory_snapshot: a pickle of CUDA's allocations, one for each variant, for the first batch size
+        progress: a bar on stderr; None: if that is a terminal, and else a line for each row
 
     A variant that fails (not supported here, out of memory) becomes a row that says why. Raises ``MixDQError`` for
     arguments that cannot be followed.
@@ -79,9 +90,11 @@ def run_bench(
     bench = _Bench(
         model, batches, variants, size=size, device=device, dtype=dtype, plan=plan, compile=compile, layers=layers,
         channels_last=channels_last, repeats=repeats, warmup=warmup, cold=cold, seed=seed, profile=profile,
-        snapshot=memory_snapshot,
+        snapshot=memory_snapshot, compile_limit=compile_limit,
     )  # fmt: skip
-    return bench.run(None if out is None else Path(out), resume, progress)
+    if jobs < 1:
+        raise MixDQError(f"jobs must be at least 1; found {jobs}")
+    return bench.run(None if out is None else Path(out), resume, progress, jobs)
 
 
 def run_step(model: str, variant: str, batch: int, **options) -> None:
@@ -97,9 +110,10 @@ class _Bench:
 
     def __init__(
         self, model, batches, variants, *, size, device, dtype, plan, compile, layers, channels_last, repeats, warmup,
-        cold, seed, profile=None, snapshot=None,
+        cold, seed, profile=None, snapshot=None, compile_limit=None,
     ):  # fmt: skip
         self.device = _device(device)
+        self.turns, self.compile_limit = Turns(self.device), compile_limit
         if dtype is not None and dtype not in DTYPES:
             raise MixDQError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
         self.dtype = DTYPES[dtype or ("fp16" if self.device.type == "cuda" else "fp32")]
@@ -125,25 +139,48 @@ class _Bench:
                 "a memory snapshot shows what CUDA's allocator did, and this run is on a CPU. Leave it out"
             )
 
-    def run(self, out: Path | None, resume: bool, progress: bool | None) -> Results:
+    def run(self, out: Path | None, resume: bool, progress: bool | None, jobs: int) -> Results:
         results = self._start(out, resume)
         kept = {(r.variant, r.batch): r for r in results.rows if not r.error}
         todo = [v for v in self.variants if any((v.name, b) not in kept for b in self.batches)]
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         steps = len(todo) * len(self.batches) + 1
         with self._state(), between(steps, progress) as self.advance:
-            prepared = self._prepare() if todo else Prepared()
-            for variant in todo:
-                rows = self._variant(variant, prepared, started)
+            with self.turns.together():
+                prepared = self._prepare() if todo else Prepared()
+            for rows in self._all(todo, prepared, started, jobs):
                 kept.update({(r.variant, r.batch): r for r in rows})
                 results.rows = _ordered(kept, self.variants, self.batches)
                 if out is not None:
                     results.write(out)
+                if progress is None and not sys.stderr.isatty():
+                    print(*map(_line, rows), sep="\n", file=sys.stderr, flush=True)
         if self.profile:
             results.notes += self._call_tools([v for v in todo if not kept[v.name, self.batches[0]].error])
             if out is not None:
                 results.write(out)
         return results
+
+    def _all(self, todo: list[Variant], prepared: Prepared, started: str, jobs: int) -> Iterator[list[Row]]:
+        """The rows of each variant as soon as they are there."""
+        if jobs == 1 or len(todo) < 2:
+            for variant in todo:
+                yield self._variant(variant, prepared, started)
+            return
+        settings = {name: value for name, value in vars(self.settings).items() if name != "model"}
+        own = {name: getattr(self, name) for name in ("compile", "profile", "snapshot", "compile_limit")}
+        # Bytes: a tensor that multiprocessing itself sends is a file descriptor, and parameters are thousands of them.
+        common = self.settings.model, self.batches, settings | own, pickle.dumps(prepared), started
+        spawn = multiprocessing.get_context("spawn")
+        with _shared_threads(jobs), ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn) as pool:
+            futures = {pool.submit(_variant_elsewhere, v.asked, *common): v for v in todo}
+            for done in as_completed(futures):
+                variant = futures[done]
+                try:
+                    yield done.result()
+                except Exception as error:  # the process is gone
+                    yield [Row(variant.name, batch, started, _reason(error)) for batch in self.batches]
+                self.advance(variant.name, len(self.batches))
 
     def step(self) -> None:
         self.advance = lambda text, count=1: None
@@ -229,23 +266,38 @@ class _Bench:
         return rows
 
     def _rows(self, variant: Variant, prepared: Prepared, started: str) -> list[Row]:
-        rows = []
         base = _allocated(self.device)
         if self.snapshot:
             tracing.start_snapshot()
-        try:
-            model, run = self._built(variant, prepared)
-        except Exception as error:
-            self.advance(variant.name, len(self.batches))
-            return [Row(variant.name, batch, started, _reason(error)) for batch in self.batches]
-        for batch in self.batches:
+        found: dict[int, dict] = {}  # of each batch size, the values of its row
+        with self.turns.together():
             try:
-                measured = self._row(variant, model, run, batch, prepared, base)
-                rows.append(Row(variant.name, batch, started, **measured))
+                model, run = self._built(variant, prepared)
             except Exception as error:
-                rows.append(Row(variant.name, batch, started, _reason(error)))
+                self.advance(variant.name, len(self.batches))
+                return [Row(variant.name, batch, started, _reason(error)) for batch in self.batches]
+            for batch in self.batches:
+                try:
+                    seconds = self._first_call(variant, model, run, batch)
+                    found[batch] = {"compile_s": None if variant.compile is None else seconds}
+                except Exception as error:
+                    found[batch] = {"error": _reason(error)}
+        for batch in self.batches:
+            if "error" not in found[batch]:
+                try:
+                    with self.turns.alone():
+                        found[batch] |= self._row(variant, model, run, batch, prepared, base)
+                except Exception as error:
+                    found[batch] = {"error": _reason(error)}
             self.advance(variant.name, 1)
-        return rows
+        return [Row(variant.name, batch, started, **found[batch]) for batch in self.batches]
+
+    def _first_call(self, variant: Variant, model: nn.Module, run: Callable, batch: int) -> float:
+        """Seconds of the call that compiles."""
+        self.advance(f"{variant.name}, batch {batch}, first call", 0)
+        inputs = self._inputs(model, batch)
+        with within(self.compile_limit, "compiled"), tracing.marked(f"{variant.name} first call", self.device):
+            return timing.timed(lambda: run(**inputs)[0], self.device)[0] / 1e3
 
     def _built(self, variant: Variant, prepared: Prepared) -> tuple[nn.Module, Callable]:
         model = self._model()
@@ -261,13 +313,10 @@ class _Bench:
         def call():
             return run(**inputs)[0]
 
-        with tracing.marked(f"{variant.name} first call", device):
-            first_ms, output = timing.timed(call, device)
-        for _ in range(s.warmup):
+        for _ in range(1 + s.warmup):
             output = call()
-        found: dict = {"compile_s": None if variant.compile is None else first_ms / 1e3}
         memory = measure_memory(model, call)
-        found |= {"static": memory.static, "activation": memory.activation}
+        found: dict = {"static": memory.static, "activation": memory.activation}
         if device.type == "cuda":
             del output
             gc.collect()
@@ -314,6 +363,32 @@ class _Bench:
         arguments += ["--compile" if self.compile else "--no-compile"]
         arguments += ["--channels-last" if s.channels_last else "--no-channels-last"]
         return [str(a) for a in arguments]
+
+
+def _variant_elsewhere(name: str, model: str, batches, options: dict, prepared: bytes, started: str) -> list[Row]:
+    """The rows of one variant, in a process that was started for it."""
+    bench = _Bench(model, batches, [name], **options)
+    bench.advance = lambda text, count=1: None
+    with bench._state():
+        return bench._variant(bench.variants[0], pickle.loads(prepared), started)
+
+
+@contextlib.contextmanager
+def _shared_threads(jobs: int) -> Iterator[None]:
+    """Processes started meanwhile share the cores: Inductor would start a compiler for each core in every one."""
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // jobs)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _line(row: Row) -> str:
+    compiled = "" if row.compile_s is None else f", compiled in {row.compile_s:.1f} s"
+    return f"{row.variant}, batch {row.batch}: {row.error or f'{row.latency.median:.2f} ms{compiled}'}"
 
 
 def _device(name: str) -> torch.device:
