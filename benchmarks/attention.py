@@ -19,6 +19,7 @@ from rich.table import Table
 from sdxl_shapes import HEAD_CHANNELS, Attention, attentions
 
 from mixdq_ao import attention
+from mixdq_ao.files import write_text
 
 CASES = {f"{pixels} px, batch {batch}": (pixels, batch) for pixels in (512, 1024) for batch in (1, 2, 4, 8)}
 TORCH = "torch's choice"
@@ -90,7 +91,8 @@ def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")]) -> Non
                 for one, count in attentions(*size).items()
             ]
             results["cases"][case] = {"sums": sums(rows), "attentions": rows}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+            write_text(out, json.dumps(results, indent=1) + "\n")
+            print(f"{case}: done", flush=True)
     show(Console(width=150), results)
 
 

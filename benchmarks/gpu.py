@@ -6,6 +6,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ ROTATION_BYTES = 160 << 20
 POOL_BYTES = 384 << 20
 # Long launches are repeated less often: about that many microseconds in each replay.
 REPLAY_US = 15_000
+SAVE_SECONDS, HANGING_SECONDS = 5.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Bench:
         self.codes[:16].clone()
         self.first.capture_end()
         torch.backends.cudnn.benchmark = True
+        self._at: tuple[str, float] | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def weights(self, pool: torch.Tensor, shape: tuple, count: int) -> list[torch.Tensor]:
         """Up to ``count`` weights of that shape, one behind the other; a window's channels come last in memory."""
@@ -184,6 +189,28 @@ class Bench:
         weights = self.weights(self.floats, (layer.columns, layer.k), count)
         return lambda i: F.linear(x, weights[i % len(weights)], bias), count
 
+    def try_us(self, what: str, call: Callable[[int], object], count: int, repeats: int = 5) -> float | None:
+        """As ``time_us``; None, and a line, where the call fails and the GPU is well. A launch that hangs is named."""
+        self._at = what, time.monotonic()
+        try:
+            return self.time_us(call, count, repeats)
+        except RuntimeError as error:
+            torch.cuda.synchronize()  # raises again for what no later launch would survive
+            print(f"{what}: {str(error).splitlines()[0]}", flush=True)
+            return None
+        finally:
+            self._at = None
+
+    def _watch(self) -> None:
+        """Says what hangs, since whoever has to stop the program cannot see it."""
+        said = None
+        while True:
+            time.sleep(1)
+            at = self._at
+            if at and at is not said and time.monotonic() - at[1] > HANGING_SECONDS:
+                said = at
+                print(f"{at[0]}: not done after {HANGING_SECONDS:.0f} s", flush=True)
+
     def time_us(self, call: Callable[[int], object], count: int, repeats: int = 5) -> float:
         """Median microseconds of a launch: ``count`` of them in a graph, replayed from a cold cache."""
         call(0)  # loads kernels, and lets cuDNN choose
@@ -212,6 +239,22 @@ class Bench:
         for _ in range(max(1, int(seconds * 3000))):
             a @ a
         torch.cuda.synchronize()
+
+
+class Progress:
+    """Says how far a benchmark is, and has it write what it found so far, every few seconds and at the end."""
+
+    def __init__(self, total: int, save: Callable[[], object]):
+        self._total, self._save, self._done = total, save, 0
+        self._start = self._last = time.monotonic()
+
+    def step(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last >= SAVE_SECONDS or self._done == self._total:
+            self._last = now
+            self._save()
+            print(f"{now - self._start:6.1f} s: {self._done} of {self._total}", flush=True)
 
 
 def launches(layer: Layer, weight_bytes: int) -> int:

@@ -15,11 +15,12 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from gpu import KERNELS, Bench, environment, forced, require_gpu
+from gpu import KERNELS, Bench, Progress, environment, forced, require_gpu
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from sdxl_shapes import Layer, Linear, layers
+
+from mixdq_ao.files import write_text
 
 CASES = {"512 px, batch 1": (512, 1), "1024 px, batch 1": (1024, 1), "1024 px, batch 4": (1024, 4)}
 SM80 = [k for k in KERNELS if not k.name.startswith("sm90")]
@@ -33,17 +34,19 @@ def time_layer(bench: Bench, layer: Layer, in_time: Callable[[], bool]) -> dict:
     """Microseconds in fp16, and quantized: as the library selects, and with the best kernel that needs no sm_90."""
     us = {"fp16": bench.time_us(*bench.float16(layer))}
     call, count = bench.int8(layer, 8)
-    us["w8a8"] = bench.time_us(call, count)
+    us["w8a8"] = bench.try_us(f"{layer}, W8A8", call, count)
     # A plan of W4A8 leaves convolutions at 8 bits.
-    us["w4a8"] = bench.time_us(*bench.int8(layer, 4)) if isinstance(layer, Linear) else us["w8a8"]
+    linear = isinstance(layer, Linear)
+    us["w4a8"] = bench.try_us(f"{layer}, W4A8", *bench.int8(layer, 4)) if linear else us["w8a8"]
     names = [k.name for k in SM80 if k.splits(layer, 8)]
     names = [n for n in names if n != "direct"] or names
     tried = {}
     for name in names if in_time() else ():
         with forced(name):
-            tried[name] = bench.time_us(call, max(4, count // 4), 3)
-    if tried:
-        us["sm80"] = min(tried.values())
+            tried[name] = bench.try_us(f"{layer}, {name}", call, max(4, count // 4), 3)
+    tried = {name: time for name, time in tried.items() if time is not None}
+    us["sm80"] = min(tried.values(), default=None)
+    us = {name: time for name, time in us.items() if time is not None}
     return {"us": us, "sm80_kernel": min(tried, key=tried.get, default=None)}
 
 
@@ -70,9 +73,10 @@ def quantizers(bench: Bench) -> list[dict]:
 
     def add(name: str, moved: int, ours: Callable, floating: Callable | None = None) -> None:
         count = max(8, min(100, int(15_000 / (3 + moved / 2e6))))
-        us = bench.time_us(lambda i: ours(), count)
+        us = bench.try_us(name, lambda i: ours(), count)
         other = None if floating is None else bench.time_us(lambda i: floating(), count)
-        rows.append({"name": name, "us": us, "gb_per_s": moved / us / 1e3, "torch_fp16_us": other})
+        if us is not None:
+            rows.append({"name": name, "us": us, "gb_per_s": moved / us / 1e3, "torch_fp16_us": other})
 
     def half(*shape) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float16, device="cuda")
@@ -115,7 +119,7 @@ def show(console: Console, results: dict) -> None:
         for row in sorted(found["layers"], key=lambda r: -r["count"] * r["us"]["fp16"]):
             us = row["us"]
             cells = [v for n in VARIANTS for v in ((f"{us[n]:.2f}", f"{us['fp16'] / us[n]:.2f}") if n in us else "--")]
-            tops = f"{row['flops'] / us['w8a8'] / 1e6:.0f}"
+            tops = f"{row['flops'] / us['w8a8'] / 1e6:.0f}" if "w8a8" in us else "-"
             table.add_row(row["layer"], str(row["count"]), f"{us['fp16']:.2f}", *cells, tops, row["sm80_kernel"] or "-")
         console.print(table)
     table = Table(title="A quantizer's launch")
@@ -143,28 +147,31 @@ def main(
     require_gpu()
     torch.manual_seed(0)
     start = time.monotonic()
-    console = Console(width=150)
     results = {**environment(), "cases": {}, "quantizers": []}
     todo = {case: layers(*size) for case, size in CASES.items()}
-    with torch.inference_mode(), Progress(console=console, auto_refresh=False) as progress:
+
+    def save() -> None:
+        for found in results["cases"].values():
+            found["sums"] = sums(found["layers"])
+        results["seconds"] = round(time.monotonic() - start, 1)
+        write_text(out, json.dumps(results, indent=1) + "\n")
+
+    with torch.inference_mode():
         bench = Bench()
         bench.warm_up()
-        task = progress.add_task("layers", total=sum(map(len, todo.values())) + 1)
+        progress = Progress(sum(map(len, todo.values())) + 1, save)
         results["quantizers"] = quantizers(bench)
-        progress.update(task, advance=1, refresh=True)
+        progress.step()
         known: dict[Layer, dict] = {}  # small layers are the same at every size
         for case, counts in todo.items():
-            rows = []
+            rows = results["cases"].setdefault(case, {"sums": {}, "layers": []})["layers"]
             for layer, count in counts.items():
                 if layer not in known:
                     known[layer] = time_layer(bench, layer, lambda: time.monotonic() < start + seconds)
                 kind = "linear" if isinstance(layer, Linear) else "conv"
                 rows.append({"layer": str(layer), "kind": kind, "count": count, "flops": layer.flops, **known[layer]})
-                progress.update(task, advance=1, refresh=True)
-            results["cases"][case] = {"sums": sums(rows), "layers": rows}
-    results["seconds"] = round(time.monotonic() - start, 1)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    show(console, results)
+                progress.step()
+    show(Console(width=150), results)
 
 
 if __name__ == "__main__":

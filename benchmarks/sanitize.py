@@ -10,6 +10,7 @@ the CPU, so that few kernels but ours run. ``--only sm90`` takes what has that i
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Annotated
 
 # Every tensor becomes an allocation of its own, or a step over its end would land in another one unseen.
@@ -18,7 +19,6 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 import typer
 from gpu import KERNELS, Kernel, forced, ops, require_gpu
-from rich.console import Console
 from sdxl_shapes import Conv, Layer, Linear
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -121,20 +121,22 @@ def check(op: Callable, args: tuple) -> None:
 def main(only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "") -> None:
     """Launch everything once and compare it with the CPU."""
     require_gpu()
-    console, count = Console(), 0
+    launches = [*forced_products(), *((name, None, 1, op, args) for name, op, args in quantizers())]
+    launches = [launch for launch in launches if only in launch[0]]
+    wrong = 0
     with torch.inference_mode():
-        for name, kernel, splits, op, args in forced_products():
-            if only in name:
-                console.print(name)
-                with forced(kernel.name, splits):
+        for name, kernel, splits, op, args in launches:
+            print(name, flush=True)
+            try:
+                with forced(kernel.name, splits) if kernel else nullcontext():
                     check(op, args)
-                count += 1
-        for name, op, args in quantizers():
-            if only in name:
-                console.print(name)
-                check(op, args)
-                count += 1
-    console.print(f"{count} launches are right; {ops.kernel_name(torch.device('cuda'), int8=True)}")
+            except AssertionError as error:
+                wrong += 1
+                print(f"WRONG: {error}", flush=True)
+    kernels = ops.kernel_name(torch.device("cuda"), int8=True)
+    print(f"{len(launches) - wrong} launches are right, {wrong} are wrong; {kernels}")
+    if wrong:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import KERNELS, Bench, environment, forced, launches, require_gpu
-from rich.console import Console
-from rich.progress import Progress
+from gpu import KERNELS, Bench, Progress, environment, forced, launches, require_gpu
 from sdxl_shapes import Layer, layers, merged
+
+from mixdq_ao.files import write_text
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "tuning_table.inc"
 HEADER = "// Written by benchmarks/tune.py: arch, m, n, k, taps, bits, kernel, splits. Do not edit.\n"
@@ -49,17 +49,20 @@ def candidates(layer: Layer, bits: int, sm90: bool) -> list[Choice]:
     return [c for c in able if c[0] != "direct"] or able
 
 
-def fastest(options: Iterable[Choice], quick: Callable[[Choice], float], thorough: Callable[[Choice], float]) -> dict:
-    """Microseconds of each option, measured thoroughly for those that come near the best at first sight."""
-    times = {option: quick(option) for option in options}
-    near = 1.2 * min(times.values())
-    return times | {option: min(us, thorough(option)) for option, us in times.items() if us <= near}
+def fastest(
+    options: Iterable[Choice], quick: Callable[[Choice], float | None], thorough: Callable[[Choice], float | None]
+) -> dict[Choice, float]:
+    """Microseconds of each option, measured thoroughly for those that come near the best at first sight; without those
+    that fail."""
+    times = {option: us for option in options if (us := quick(option)) is not None}
+    near = 1.2 * min(times.values(), default=0.0)
+    return times | {option: min(us, thorough(option) or us) for option, us in times.items() if us <= near}
 
 
-def best_of(timings: list[dict[Choice, float]]) -> Choice:
+def best_of(timings: list[dict[Choice, float]]) -> Choice | None:
     """The least total among what can do all the layers of a row."""
     shared = set.intersection(*(set(t) for t in timings))
-    return min(sorted(shared), key=lambda choice: sum(t[choice] for t in timings))
+    return min(sorted(shared), key=lambda choice: sum(t[choice] for t in timings), default=None)
 
 
 def read_table(path: Path) -> dict[tuple[int, Key], Choice]:
@@ -90,9 +93,9 @@ def measure(bench: Bench, layer: Layer, bits: int, sm90: bool, known: dict[Choic
         kept = sorted(unpacking, key=unpacking.get)[:2]
         options = [c for c in options if c not in unpacking or c in kept]
 
-    def timed(choice: Choice, count: int, repeats: int) -> float:
+    def timed(choice: Choice, count: int, repeats: int) -> float | None:
         with forced(*choice):
-            return bench.time_us(call, count, repeats)
+            return bench.try_us("{}:{}, {}, {} bits".format(*choice, layer, bits), call, count, repeats)
 
     few = min(count, launches(layer, 8 << 20))
     return fastest(options, lambda c: timed(c, max(4, few // 2), 1), lambda c: timed(c, few, 3))
@@ -106,41 +109,46 @@ def main(
     """Time every kernel on every layer of SDXL at 512, 768 and 1024 px and batches of 1, 2, 4 and 8."""
     require_gpu()
     deadline = time.monotonic() + seconds
-    console = Console()
     major, minor = torch.cuda.get_device_capability()
     arch, todo = 10 * major + minor, problems()
+    before, facts = read_table(table), environment()
     timings: dict[Key, list[dict[Choice, float]]] = {}
-    with torch.inference_mode(), Progress(console=console, auto_refresh=False) as progress:
+
+    def save() -> None:
+        choices = {key: choice for key, found in timings.items() if (choice := best_of(found))}
+        write_table(table, before | {(arch, key): choice for key, choice in choices.items()})
+        if out:
+            rows = [
+                {
+                    **dict(zip(("m", "n", "k", "taps", "bits"), key, strict=True)),
+                    "layers": [str(layer) for layer in sorted(todo[key], key=str)],
+                    "chosen": "{}:{}".format(*choice),
+                    "microseconds": [{f"{n}:{s}": round(us, 2) for (n, s), us in t.items()} for t in timings[key]],
+                }
+                for key, choice in choices.items()
+            ]
+            write_text(out, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+    with torch.inference_mode():
         bench = Bench()
         bench.warm_up()
-        task = progress.add_task("shapes", total=len(todo))
+        progress = Progress(len(todo), save)
         known: dict[Layer, dict[Choice, float]] = {}
         for key, members in todo.items():
             if time.monotonic() > deadline:
                 break
-            timings[key] = []
-            for layer in sorted(members, key=str):
-                found = measure(bench, layer, key[-1], arch == 90, known.get(layer, {}))
-                timings[key].append(found)
-                if key[-1] == 8:
-                    known[layer] = found
-            progress.update(task, advance=1, refresh=True)
-    choices = {(arch, key): best_of(found) for key, found in timings.items()}
-    write_table(table, read_table(table) | choices)
-    if out:
-        rows = [
-            {
-                **dict(zip(("m", "n", "k", "taps", "bits"), key, strict=True)),
-                "layers": [str(layer) for layer in sorted(todo[key], key=str)],
-                "chosen": "{}:{}".format(*choices[arch, key]),
-                "microseconds": [{f"{n}:{s}": round(us, 2) for (n, s), us in t.items()} for t in found],
+            found = {
+                layer: measure(bench, layer, key[-1], arch == 90, known.get(layer, {}))
+                for layer in sorted(members, key=str)
             }
-            for key, found in timings.items()
-        ]
-        out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
-    console.print(f"{len(choices)} rows for sm_{arch} in {table}; {len(todo) - len(timings)} shapes left out")
+            if key[-1] == 8:
+                known |= found
+            timings[key] = list(found.values())
+            progress.step()
+    save()
+    print(f"{len(timings)} rows for sm_{arch} in {table}; {len(todo) - len(timings)} shapes left out")
     if len(todo) > len(timings):
-        console.print("More --seconds measure them all.")
+        print("More --seconds measure them all.")
 
 
 if __name__ == "__main__":

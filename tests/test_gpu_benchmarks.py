@@ -133,11 +133,26 @@ def test_only_what_comes_near_the_best_is_timed_again():
     first = {("a", 1): 10.0, ("a", 2): 11.5, ("b", 1): 30.0}
     again = {("a", 1): 10.4, ("a", 2): 9.0}
     assert tune.fastest(first, first.get, again.get) == {("a", 1): 10.0, ("a", 2): 9.0, ("b", 1): 30.0}
+    fails = {("a", 1): None, ("a", 2): 11.5}
+    assert tune.fastest(fails, fails.get, lambda option: None) == {("a", 2): 11.5}
+    assert tune.fastest([("a", 1)], fails.get, fails.get) == {}
 
 
 def test_layers_of_one_row_share_the_best_kernel():
     assert tune.best_of([{("a", 1): 1.0, ("b", 1): 2.0}, {("a", 1): 9.0, ("b", 1): 2.0}]) == ("b", 1)
     assert tune.best_of([{("a", 1): 1.0, ("b", 1): 2.0}, {("b", 1): 2.0}]) == ("b", 1)
+    assert tune.best_of([{("a", 1): 1.0}, {("b", 1): 2.0}]) is None and tune.best_of([{}]) is None
+
+
+def test_what_is_found_so_far_is_saved(monkeypatch, capsys):
+    saved = []
+    progress = gpu.Progress(3, lambda: saved.append(1))
+    progress.step()
+    assert not saved
+    monkeypatch.setattr(gpu, "SAVE_SECONDS", 0.0)
+    progress.step()
+    progress.step()
+    assert len(saved) == 2 and capsys.readouterr().out.endswith("3 of 3\n")
 
 
 def test_the_table_keeps_what_was_not_measured_again(tmp_path):
