@@ -4,8 +4,10 @@ A test runs many cases and asks the GPU for one answer; the first case that fail
 """
 
 import math
+import os
 import random
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def without_autograd(monkeypatch):
     monkeypatch.delenv("MIXDQ_KERNEL", raising=False)
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(autouse=True)
+def in_a_process_whose_gpu_is_well():
+    """Some errors end all work of a process on a GPU: pytest-xdist then goes on with a fresh worker."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        time.sleep(1)  # until the test's own report is sent
+        os._exit(1)
 
 
 def first_failure(flags: list[Tensor]) -> int | None:
