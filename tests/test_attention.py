@@ -36,12 +36,6 @@ def test_the_numbers_of_torch(inputs, backend):
         assert found.stride() == torch.empty_like(inputs[0]).stride()
 
 
-@pytest.mark.parametrize("backend", ["flash", "math"])
-@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
-def test_opcheck(inputs, backend):
-    torch.library.opcheck(torch.ops.mixdq_ao.attention.default, (*inputs, None, backend))
-
-
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
 def test_a_backend_that_is_not_there(backend):
     with pytest.raises(UnsupportedError, match=r"queries \[2, 3, 9, 16\].* on cpu; flash or math can"):

@@ -398,6 +398,14 @@ def op_cases():
     yield "quantized_linear-vector", "quantized_linear", (
         torch.randn(16), w.act_scale, w.act_zero_point, 8, w.qdata, w.alpha, w.beta, None, 8, [16],
     )  # fmt: skip
+    q, k, v = (torch.randn(2, tokens, 3, 16).transpose(1, 2) for tokens in (9, 7, 7))
+    for layout, inputs in {
+        "cross": (q, k, v),
+        "packed": torch.randn(2, 9, 3, 48).transpose(1, 2).split(16, dim=-1),
+        "contiguous": [t.contiguous() for t in (q, k, v)],
+    }.items():
+        for backend in ("flash", "math"):
+            yield f"attention-{backend}-{layout}", "attention", (*inputs, None, backend)
 
 
 OP_CASES = list(op_cases())
