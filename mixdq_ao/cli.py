@@ -488,7 +488,10 @@ def bench(
     channels_last: Annotated[bool, typer.Option(help="Memory format of convolutions, for all variants.")] = True,
     cold: Annotated[bool, typer.Option(help="Compile each variant with empty caches.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Compile as many variants side by side, then measure each.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Compile as many variants side by side (slower each), then measure one at a time."),
+    ] = 1,
     compile_limit: Annotated[
         float | None, typer.Option(help="Seconds; a variant that takes longer to compile is left out.")
     ] = None,

@@ -77,7 +77,8 @@ def run_bench(
         channels_last: memory format of convolution weights and of the input, for every variant alike
         cold: compile every variant with empty caches, so that the seconds it takes say something
         jobs: prepare and compile that many variants side by side, each in a process of its own, which holds a model on
-            the device; they are measured one after the other. A script that asks for several needs a main guard
+            the device; they are measured one after the other, but seconds of compiling are those of a shared machine.
+            A script that asks for several needs a main guard
         compile_limit: seconds; a variant that needs more for a batch size becomes a row that says so
         out: a JSON file, written after each variant; ``resume`` keeps the rows that it has
         profile: a folder for a trace of one step of each variant, and for what nsys and ncu say where they are
