@@ -8,9 +8,9 @@ from torch import Tensor
 from mixdq_ao import UnsupportedError, attention
 
 
-def heads(tokens: int, channels: int = 16, dtype=torch.float32, seed: int = 0) -> Tensor:
+def heads(tokens: int, channels: int = 16, seed: int = 0) -> Tensor:
     """``[2, 3, tokens, channels]`` as a view of a layer's output."""
-    x = torch.randn(2, tokens, 3 * channels, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn(2, tokens, 3 * channels, generator=torch.Generator().manual_seed(seed))
     return x.unflatten(2, (3, channels)).transpose(1, 2)
 
 

@@ -584,8 +584,9 @@ __device__ __forceinline__ void write_float(const Params& p, const Tile& t, int 
   }
 }
 
+// Picks the instance for the residual of this launch; write_tile picks the one for its output type.
 template <class C, Float kType, bool kDynamic>
-__device__ __forceinline__ void write_half_with(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
+__device__ __forceinline__ void write_half_of(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
                                                 const Sums<C>& sums, uint8_t* staging) {
   if (!p.residual) {
     write_half<C, kType, Residual::none, kDynamic>(p, t, row0, columns, sums, staging);
@@ -600,9 +601,9 @@ template <class C, bool kDynamic>
 __device__ __forceinline__ void write_tile(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
                                            const Sums<C>& sums, uint8_t* staging) {
   if (p.out_type == Float::f16) {
-    write_half_with<C, Float::f16, kDynamic>(p, t, row0, columns, sums, staging);
+    write_half_of<C, Float::f16, kDynamic>(p, t, row0, columns, sums, staging);
   } else if (p.out_type == Float::bf16) {
-    write_half_with<C, Float::bf16, kDynamic>(p, t, row0, columns, sums, staging);
+    write_half_of<C, Float::bf16, kDynamic>(p, t, row0, columns, sums, staging);
   } else {
     write_float<C, kDynamic>(p, t, row0, columns, sums);
   }
@@ -773,7 +774,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
     multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
-    if (p.row_scale) {
+    if (C::Math::kBytes == 1 && p.row_scale) {  // floating activations have no scales
       write_tile<C, true>(p, t, row0, columns, sums, staging);
     } else {
       write_tile<C, false>(p, t, row0, columns, sums, staging);
