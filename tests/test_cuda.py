@@ -1,7 +1,9 @@
-"""The same results on a CUDA device as on a CPU, whichever kernels run there."""
+"""The same results on a CUDA device as on a CPU, whichever kernels run there; or, without one, in the emulator."""
 
+import contextlib
 import copy
 
+import emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,11 @@ from models import run_unet, tiny_sdxl_unet, unet_inputs
 from mixdq_ao import MixDQConfig, MixDQTensor, observe, quantize_
 from mixdq_ao.evaluate import sqnr
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+NOTHING = "" if ON_GPU else emulated.why_not()
+pytestmark = pytest.mark.skipif(bool(NOTHING), reason=f"no CUDA device: {NOTHING}")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
 ACTIVATIONS = {
     "static": {"act_scale": 0.05, "act_zero_point": -7.0},
@@ -21,6 +27,12 @@ ACTIVATIONS = {
 LINEAR = [(5, 33, 40), (77, 64, 24), (1, 1, 7), (130, 129, 8)]
 CONV = [((2, 6, 9, 8), (12, 6, 3, 3), {"padding": 1}), ((1, 40, 7, 7), (8, 40, 1, 1), {}),
         ((3, 16, 9, 9), (5, 16, 3, 3), {"padding": (2, 1), "stride": 2, "dilation": 2})]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """A context in which our operators are those for CUDA tensors, wherever the tensors are."""
+    return contextlib.nullcontext() if ON_GPU else emulated.CudaOperators(emulated.Operators())
 
 
 def close(on_cpu, on_cuda, activation) -> None:
@@ -36,25 +48,29 @@ def close(on_cpu, on_cuda, activation) -> None:
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows, k, n", LINEAR)
-def test_linear(rows, k, n, activation, bits):
+def test_linear(rows, k, n, activation, bits, kernels):
     torch.manual_seed(0)
     w = MixDQTensor.from_float(torch.randn(n, k), bits, **ACTIVATIONS[activation])
     x, bias = torch.randn(2, rows, k), torch.randn(n)
     torch.backends.cuda.matmul.allow_tf32 = False
-    close(F.linear(x, w, bias), F.linear(x.cuda(), w.cuda(), bias.cuda()), activation)
+    with kernels:
+        y = F.linear(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE))
+    close(F.linear(x, w, bias), y, activation)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("x_shape, w_shape, kwargs", CONV)
-def test_conv2d(x_shape, w_shape, kwargs, activation, bits):
+def test_conv2d(x_shape, w_shape, kwargs, activation, bits, kernels):
     torch.manual_seed(0)
     w = MixDQTensor.from_float(torch.randn(w_shape), bits, **ACTIVATIONS[activation])
     x, bias = torch.randn(x_shape), torch.randn(w_shape[0])
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        close(F.conv2d(x, w, bias, **kwargs), F.conv2d(x.cuda(), w.cuda(), bias.cuda(), **kwargs), activation)
+    with kernels, torch.backends.cudnn.flags(allow_tf32=False):
+        y = F.conv2d(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), **kwargs)
+    close(F.conv2d(x, w, bias, **kwargs), y, activation)
 
 
+@needs_gpu
 def test_pinning_and_moving():
     w = MixDQTensor.from_float(torch.randn(8, 16), 4, act_scale=0.1)
     pinned = w.pin_memory()
@@ -63,28 +79,39 @@ def test_pinning_and_moving():
     assert torch.equal(back.qdata, w.qdata) and torch.equal(back.beta, w.beta)
 
 
+@needs_gpu
 def test_wrong_device_is_a_clear_error():
     w = MixDQTensor.from_float(torch.randn(8, 16), act_bits=8)
     with pytest.raises(ValueError, match="input on cuda:0, quantized weight on cpu"):
         F.linear(torch.randn(2, 16, device="cuda"), w)
 
 
-def on_cuda(inputs: dict) -> dict:
-    return {k: on_cuda(v) if isinstance(v, dict) else v.cuda() for k, v in inputs.items()}
+def moved(inputs: dict) -> dict:
+    return {k: moved(v) if isinstance(v, dict) else v.to(DEVICE) for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_unet_eager_and_compiled(dtype):
-    unet = tiny_sdxl_unet(layers_per_block=1).cuda()
-    inputs, half = on_cuda(unet_inputs()), on_cuda(unet_inputs(dtype=dtype))
-    reference = run_unet(unet, **inputs)
+def quantized_copy(unet, inputs: dict, dtype: torch.dtype):
     with observe(unet) as recorder:
         run_unet(unet, **inputs)
     quantized = copy.deepcopy(unet)
     quantize_(quantized, MixDQConfig(recorder.params()))
-    quantized.to(dtype)
-    eager = run_unet(quantized, **half)
-    compiled = run_unet(torch.compile(quantized, fullgraph=True), **half)
+    return quantized.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_unet_eager(dtype, kernels):
+    unet, inputs = tiny_sdxl_unet(layers_per_block=1).to(DEVICE), moved(unet_inputs())
+    quantized = quantized_copy(unet, inputs, dtype)
+    with kernels:
+        eager = run_unet(quantized, **moved(unet_inputs(dtype=dtype)))
     assert torch.isfinite(eager).all()
-    assert sqnr(reference, eager) > 20
-    assert sqnr(eager, compiled) > 20
+    assert sqnr(run_unet(unet, **inputs), eager) > 20
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_unet_compiled(dtype):
+    inputs, half = moved(unet_inputs()), moved(unet_inputs(dtype=dtype))
+    quantized = quantized_copy(tiny_sdxl_unet(layers_per_block=1).to(DEVICE), inputs, dtype)
+    compiled = run_unet(torch.compile(quantized, fullgraph=True), **half)
+    assert sqnr(run_unet(quantized, **half), compiled) > 20

@@ -1,6 +1,8 @@
 """Acceptance of the CUDA library: every kernel against integers and float64, on random problems and all of SDXL's.
 
 A test runs many cases and asks the GPU for one answer; the first case that failed is then run again and described.
+Where there is no GPU, fewer and smaller cases run in the emulator (``emulated.py``). MIXDQ_CASES says how many random
+problems each kernel gets.
 """
 
 import math
@@ -8,9 +10,11 @@ import os
 import random
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +26,12 @@ from mixdq_ao.packing import pack
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from sdxl_shapes import Conv, Linear, layers, merged
 
-ops = torch.ops.mixdq_ao
-NO_KERNELS = "no CUDA device" if not torch.cuda.is_available() else mixdq_ops.cuda_library_missing
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+ops = torch.ops.mixdq_ao if ON_GPU else emulated.Operators()
+NO_KERNELS = mixdq_ops.cuda_library_missing if ON_GPU else emulated.why_not()
 pytestmark = pytest.mark.skipif(bool(NO_KERNELS), reason=f"CUDA kernels: {NO_KERNELS}")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="CUDA kernels: no CUDA device")
 
 # What MIXDQ_KERNEL may say: every kernel, those that split in all their ways. "" is the library's own choice.
 FORCED = [
@@ -37,7 +44,9 @@ FORCED = [
     "few_rows",
     "direct",
 ]
-CASES_OF_EACH = 112
+CASES_ON_A_GPU = 112
+CASES_OF_EACH = int(os.environ.get("MIXDQ_CASES", CASES_ON_A_GPU if ON_GPU else 12))
+MOST_WORK = 2**31 if ON_GPU else 2**25  # multiplications of a case
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,7 +57,12 @@ def without_autograd(monkeypatch):
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=not ON_GPU)
+def in_an_order_of_its_own(request):
+    ops.seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(autouse=ON_GPU)
 def in_a_process_whose_gpu_is_well():
     """Some errors end all work of a process on a GPU: pytest-xdist then goes on with a fresh worker."""
     yield
@@ -97,20 +111,20 @@ class Case:
     generator: torch.Generator = field(default=None, repr=False)
 
     def __post_init__(self):
-        self.generator = torch.Generator("cuda").manual_seed(self.seed)
+        self.generator = torch.Generator(DEVICE).manual_seed(self.seed)
 
     @property
     def k(self) -> int:
         return sum(self.groups)
 
     def integers(self, shape, low: int, high: int, dtype=torch.int8) -> Tensor:
-        return torch.randint(low, high + 1, shape, dtype=dtype, device="cuda", generator=self.generator)
+        return torch.randint(low, high + 1, shape, dtype=dtype, device=DEVICE, generator=self.generator)
 
     def normal(self, shape, dtype=torch.float32) -> Tensor:
         """Random floats; small whole numbers, which every dtype holds, in an exact case."""
         if self.exact:
             return self.integers(shape, -100, 100, torch.int32).to(dtype)
-        return torch.randn(shape, device="cuda", generator=self.generator).to(dtype)
+        return torch.randn(shape, device=DEVICE, generator=self.generator).to(dtype)
 
 
 def log_uniform(rng: random.Random, high: int) -> int:
@@ -147,7 +161,7 @@ def draw(kernel: str, number: int) -> Case:
     }
     if op in ("linear", "conv") and rng.random() < 0.4:
         case |= {"residual": rng.choice(FLOATS)}
-    work = 2**27 if name == "direct" else 2**31
+    work = MOST_WORK // 16 if name == "direct" else MOST_WORK
     if op == "conv":
         window = rng.choice(((1, 1), (3, 3), (3, 3), (3, 3), (1, 3), (5, 2), (2, 2)))
         dilation = rng.choice(((1, 1), (1, 1), (1, 1), (2, 2), (1, 3)))
@@ -232,7 +246,7 @@ def run(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     qdata = [pack(c, b, groups) for c, b in zip(codes, case.bits, strict=True)]
     # Results of about the size of one.
     unit = 1.0 if case.exact else 1 / (5000 * math.sqrt(case.k * math.prod(case.window)))
-    scale = [torch.full((len(groups), n), unit, device="cuda") for n in case.columns]
+    scale = [torch.full((len(groups), n), unit, device=DEVICE) for n in case.columns]
     if not case.exact:
         scale = [s * (0.5 + case.normal(s.shape).abs()) for s in scale]
     beta = [case.normal((n,)) for n in case.columns]
@@ -241,7 +255,7 @@ def run(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         qdata, scale, beta = (neighbours(v, dim) for v, dim in ((qdata, 0), (scale, 1), (beta, 0)))
         bias = bias if case.bias is None else neighbours(bias, 0)
     offset = [0 if b is None else b.double() for b in bias]
-    row_scale = torch.ones((*case.lead, len(groups)), device="cuda")
+    row_scale = torch.ones((*case.lead, len(groups)), device=DEVICE)
     row_zero = torch.zeros_like(row_scale)
     if case.op == "dynamic":
         row_zero = case.integers(row_scale.shape, -128, 127).float()
@@ -316,7 +330,7 @@ def describe(case: Case) -> str:
 
 
 def test_there_are_enough_cases():
-    assert len(FORCED) * CASES_OF_EACH >= 3000
+    assert len(FORCED) * CASES_ON_A_GPU >= 3000
 
 
 @pytest.mark.parametrize("kernel", FORCED)
@@ -334,6 +348,17 @@ def test_random_problems(kernel, monkeypatch):
         pytest.fail(f"case {failed} of {kernel!r}: {describe(draw(kernel, failed))}")
 
 
+@pytest.mark.skipif(ON_GPU, reason="needs the emulator's GPU of sm_80")
+def test_random_problems_on_an_older_gpu():
+    ops.set_device(emulated.SM80)
+    try:
+        for i in range(CASES_OF_EACH):
+            case = draw("", i)
+            assert not wrong(case, *run(case)).any(), describe(case)
+    finally:
+        ops.set_device(emulated.SM90)
+
+
 FLOATING = ["", "sm90_128x128_floating", *(f"sm90_64x80_floating:{splits}" for splits in (1, 2, 8))]
 
 
@@ -349,13 +374,13 @@ def test_weight_only(kernel, bits, monkeypatch):
         unit = rng.choice([8, 12]) if i % 6 == 2 else 128 // bits
         groups = [unit * rng.randint(1, 12) for _ in range(rng.choice([1, 1, 2]))]
         k, n, seed = sum(groups), rng.choice([1, 7, 80, 320, 333]), i
-        generator = torch.Generator("cuda").manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         shape = (n, k, 3, 3) if i % 2 else (n, k)
         codes = torch.randint(
-            -(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, device="cuda", generator=generator
+            -(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, device=DEVICE, generator=generator
         )
-        scale = torch.rand(len(groups), n, device="cuda", generator=generator) * 0.01 + 0.001
-        bias = torch.randn(n, device="cuda", generator=generator) if i % 4 else None
+        scale = torch.rand(len(groups), n, device=DEVICE, generator=generator) * 0.01 + 0.001
+        bias = torch.randn(n, device=DEVICE, generator=generator) if i % 4 else None
         ones = (1,) * (len(shape) - 1)
         weight = torch.cat(
             [c.double() * s.double().view(-1, *ones) for c, s in zip(codes.split(groups, 1), scale, strict=True)],
@@ -363,14 +388,14 @@ def test_weight_only(kernel, bits, monkeypatch):
         )
         if i % 2:
             x = torch.randn(
-                rng.randint(1, 3), k, rng.randint(3, 20), rng.randint(3, 20), device="cuda", generator=generator
+                rng.randint(1, 3), k, rng.randint(3, 20), rng.randint(3, 20), device=DEVICE, generator=generator
             ).to(dtype)
             x = x.contiguous(memory_format=torch.channels_last) if i % 4 == 1 else x
             pad, stride = (1, 0, 1, 1), rng.choice([(1, 1), (2, 1)])
             y = ops.conv2d_weight_only(x, pack(codes, bits, groups), scale, bias, stride, pad, (1, 1), bits, groups)
             expected = F.conv2d(F.pad(x.double(), pad), weight, None if bias is None else bias.double(), stride)
         else:
-            x = torch.randn(2, rng.choice([1, 40, 300]), k + 8, device="cuda", generator=generator).to(dtype)[..., 8:]
+            x = torch.randn(2, rng.choice([1, 40, 300]), k + 8, device=DEVICE, generator=generator).to(dtype)[..., 8:]
             y = ops.linear_weight_only(x, pack(codes, bits, groups), scale, bias, bits, groups)
             expected = F.linear(x.double(), weight, None if bias is None else bias.double())
         assert y.dtype == dtype and y.shape == expected.shape
@@ -395,9 +420,9 @@ def sdxl_case(layer, bits: int, seed: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("kernel", ["", "sm80_128x128"])
+@pytest.mark.parametrize("kernel", ["", "sm80_128x128"] if ON_GPU else [""])
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("pixels", [512, 768, 1024])
+@pytest.mark.parametrize("pixels", [512, 768, 1024] if ON_GPU else [64])
 def test_every_layer_of_sdxl(pixels, batch, kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("MIXDQ_KERNEL", kernel)
@@ -420,21 +445,22 @@ def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("MIXDQ_KERNEL", kernel)
     k = 2**16
-    one, none = torch.ones(1, 80, device="cuda"), torch.zeros(80, device="cuda")
+    one, none = torch.ones(1, 80, device=DEVICE), torch.zeros(80, device=DEVICE)
     for a, b in ((-128, -128), (-128, 127), (127, 127)):
-        x = torch.full((65, k), a, dtype=torch.int8, device="cuda")
-        w = torch.full((80, k), b, dtype=torch.int8, device="cuda")
+        x = torch.full((65, k), a, dtype=torch.int8, device=DEVICE)
+        w = torch.full((80, k), b, dtype=torch.int8, device=DEVICE)
         y = ops.linear_int8(x, w, one, none, None, 8, [k], torch.float32)
         assert y.unique().tolist() == [float(torch.tensor(a * b * k, dtype=torch.float32))]
 
 
+@needs_gpu
 def test_tensors_of_more_than_2_to_the_31_elements():
     rows, k, n = 2**20 + 7, 32, 2080
-    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device="cuda")
-    w = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
-    one, none = torch.ones(1, n, device="cuda"), torch.zeros(n, device="cuda")
+    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=DEVICE)
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
+    one, none = torch.ones(1, n, device=DEVICE), torch.zeros(n, device=DEVICE)
     y = ops.linear_int8(x, w, one / 1000, none, None, 8, [k], torch.float16)
-    static = (torch.tensor([0.1], device="cuda"), torch.tensor([3.0], device="cuda"), 8, [n])
+    static = (torch.tensor([0.1], device=DEVICE), torch.tensor([3.0], device=DEVICE), 8, [n])
     codes = ops.quantize(y, *static, None)
     for part in (slice(0, 300), slice(-300, None)):
         expected = ops.linear_int8(x[part], w, one / 1000, none, None, 8, [k], torch.float16)
@@ -453,7 +479,7 @@ def draw_input(rng: random.Random, image: bool, widen: int = 1) -> tuple[Tensor,
     lead = [rng.randint(1, 4), log_uniform(rng, 40), log_uniform(rng, 40)][: 3 if image else rng.randint(1, 3)]
     shape = (lead[0], channels, *lead[1:]) if image else (*lead, widen * channels)
     torch.manual_seed(rng.randrange(2**31))
-    x = (torch.randn(shape, device="cuda") * rng.choice((0.1, 1.5, 20.0))).to(rng.choice(FLOATS))
+    x = (torch.randn(shape, device=DEVICE) * rng.choice((0.1, 1.5, 20.0))).to(rng.choice(FLOATS))
     if rng.random() < 0.3:
         for value in (float("nan"), float("inf"), -float("inf"), 0.0):
             x.view(-1)[rng.randrange(x.numel())] = value
@@ -461,7 +487,7 @@ def draw_input(rng: random.Random, image: bool, widen: int = 1) -> tuple[Tensor,
     return laid_out(x, layout), [channels - cut, cut] if cut else [channels]
 
 
-def draw_static(rng: random.Random, groups: list[int], device="cuda"):
+def draw_static(rng: random.Random, groups: list[int], device=DEVICE):
     bits = rng.choice((8, 8, 4))
     scale = torch.tensor([rng.uniform(0.5, 2) * 4 / 2**bits for _ in groups], device=device)
     zero = torch.tensor([float(rng.randint(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) for _ in groups], device=device)
@@ -472,9 +498,11 @@ def draw_pad(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((0, 0, 0, 0), (1, 1, 1, 1), tuple(rng.randint(0, 3) for _ in range(4))))
 
 
-def same_on_cpu(op, args) -> None:
+def same_on_cpu(name: str, *args) -> None:
+    """The CUDA operator against the one of any device."""
     cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    for here, there in zip(*((r,) if isinstance(r, Tensor) else r for r in (op(*args), op(*cpu))), strict=True):
+    results = getattr(ops, name)(*args), getattr(torch.ops.mixdq_ao, name)(*cpu)
+    for here, there in zip(*((r,) if isinstance(r, Tensor) else r for r in results), strict=True):
         told = [(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
         assert here.dtype == there.dtype and here.stride() == there.stride(), told
         assert torch.equal(here.cpu(), there), told
@@ -486,7 +514,7 @@ def test_quantize_gives_the_codes_of_the_cpu(image, chunk):
     for i in range(60):
         rng = random.Random(f"quantize {image} {chunk} {i}")
         x, groups = draw_input(rng, image)
-        same_on_cpu(ops.quantize, (x, *draw_static(rng, groups), groups, draw_pad(rng) if image else None))
+        same_on_cpu("quantize", x, *draw_static(rng, groups), groups, draw_pad(rng) if image else None)
 
 
 @pytest.mark.parametrize("chunk", range(2))
@@ -494,14 +522,14 @@ def test_quantize_per_token_gives_what_the_cpu_does(chunk):
     for i in range(60):
         rng = random.Random(f"per token {chunk} {i}")
         x, groups = draw_input(rng, image=False)
-        same_on_cpu(ops.quantize_per_token, (x, rng.choice((8, 4)), groups))
+        same_on_cpu("quantize_per_token", x, rng.choice((8, 4)), groups)
 
 
 def test_quantize_of_a_slice_behind_the_first_token():
-    x = torch.randn(3, 77, 2048, dtype=torch.float16, device="cuda")[:, 1:]
-    static = (torch.tensor([0.02], device="cuda"), torch.tensor([5.0], device="cuda"), 8, [2048])
-    same_on_cpu(ops.quantize, (x, *static, None))
-    same_on_cpu(ops.quantize_per_token, (x, 8, [2048]))
+    x = torch.randn(3, 77, 2048, dtype=torch.float16, device=DEVICE)[:, 1:]
+    static = (torch.tensor([0.02], device=DEVICE), torch.tensor([5.0], device=DEVICE), 8, [2048])
+    same_on_cpu("quantize", x, *static, None)
+    same_on_cpu("quantize_per_token", x, 8, [2048])
 
 
 def check_codes(q: Tensor, real: Tensor, static, groups, dim: int, what) -> None:
@@ -517,7 +545,7 @@ def check_codes(q: Tensor, real: Tensor, static, groups, dim: int, what) -> None
 
 
 def draw_vectors(rng: random.Random, channels: int, dtype: torch.dtype) -> list[Tensor | None]:
-    return [torch.randn(channels, device="cuda").to(dtype) if rng.random() < 0.8 else None for _ in range(2)]
+    return [torch.randn(channels, device=DEVICE).to(dtype) if rng.random() < 0.8 else None for _ in range(2)]
 
 
 def finite(x: Tensor) -> Tensor:
@@ -569,13 +597,14 @@ def test_group_norm_quantize():
         assert q.permute(0, 2, 3, 1).is_contiguous()
 
 
+@needs_gpu
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("shape", [(1, 320, 64, 64), (2, 640, 32, 32), (1, 2560, 16, 16), (2, 960, 128, 128)], ids=str)
 def test_group_norm_quantize_at_sdxl_sizes(shape, silu):
     torch.manual_seed(0)
-    x = (torch.randn(shape, device="cuda") * 2 + 1).half().contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, shape[1], device="cuda").half()
-    static = (torch.tensor([0.03], device="cuda"), torch.tensor([-20.0], device="cuda"), 8)
+    x = (torch.randn(shape, device=DEVICE) * 2 + 1).half().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, shape[1], device=DEVICE).half()
+    static = (torch.tensor([0.03], device=DEVICE), torch.tensor([-20.0], device=DEVICE), 8)
     q = ops.group_norm_quantize(x, 32, weight, bias, 1e-5, silu, *static, [shape[1]], (1, 1, 1, 1))
     y = F.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
     check_codes(q, F.pad(F.silu(y) if silu else y, (1,) * 4), static, [shape[1]], 1, shape)
@@ -588,9 +617,9 @@ def test_quantize_and_multiply_in_one_call_equals_two():
         x, groups = draw_input(rng, image)
         static, bits, n = draw_static(rng, groups), rng.choice((8, 4, 2)), log_uniform(rng, 300)
         window = rng.choice(((1, 1), (3, 3))) if image else ()
-        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, sum(groups), *window), device="cuda")
-        weight = (pack(codes.to(torch.int8), bits, groups), torch.rand(len(groups), n, device="cuda") * 1e-2)
-        weight = (*weight, torch.randn(n, device="cuda"), torch.randn(n, device="cuda").to(x.dtype))
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, sum(groups), *window), device=DEVICE)
+        weight = (pack(codes.to(torch.int8), bits, groups), torch.rand(len(groups), n, device=DEVICE) * 1e-2)
+        weight = (*weight, torch.randn(n, device=DEVICE), torch.randn(n, device=DEVICE).to(x.dtype))
         if image:
             pad, steps = (1, 1, 1, 1), ((1, 1), (0, 0), (1, 1))
             pad = pad if window == (3, 3) else (0, 0, 0, 0)
@@ -611,18 +640,18 @@ class Chain:
     def __init__(self):
         torch.manual_seed(0)
         c = 320
-        self.static = (torch.tensor([0.03], device="cuda"), torch.tensor([7.0], device="cuda"), 8)
-        self.norm = (torch.randn(c, device="cuda").half(), torch.randn(c, device="cuda").half())
+        self.static = (torch.tensor([0.03], device=DEVICE), torch.tensor([7.0], device=DEVICE), 8)
+        self.norm = (torch.randn(c, device=DEVICE).half(), torch.randn(c, device=DEVICE).half())
         self.qkv = [self.weight(c, c, 8) for _ in range(3)]
         self.ff_in, self.ff_out = self.weight(8 * c, c, 4), self.weight(c, 4 * c, 8)
         self.conv = self.weight(c, c, 8, (3, 3))
 
     @staticmethod
     def weight(n: int, k: int, bits: int, window=()):
-        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k, *window), dtype=torch.int8, device="cuda")
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k, *window), dtype=torch.int8, device=DEVICE)
         unit = 1 / (74 * 2 ** (bits - 1) * math.sqrt(k * math.prod(window)))
-        vectors = (torch.full((1, n), unit, device="cuda"), torch.randn(n, device="cuda") * 0.1)
-        return (pack(codes, bits, [k]), *vectors, torch.randn(n, device="cuda").half()), bits
+        vectors = (torch.full((1, n), unit, device=DEVICE), torch.randn(n, device=DEVICE) * 0.1)
+        return (pack(codes, bits, [k]), *vectors, torch.randn(n, device=DEVICE).half()), bits
 
     def __call__(self, x: Tensor) -> Tensor:
         c, half = x.shape[-1], torch.float16
@@ -644,7 +673,7 @@ class Chain:
 
 
 def chain_input(seed: int) -> Tensor:
-    return torch.randn(2, 256, 320, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).half()
+    return torch.randn(2, 256, 320, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)).half()
 
 
 def slow_chain(chain: Chain, x: Tensor) -> Tensor:
@@ -664,6 +693,7 @@ def slow_chain(chain: Chain, x: Tensor) -> Tensor:
     return y
 
 
+@needs_gpu
 def test_overlapping_launches_give_what_waiting_gives():
     """Kernels may begin while the one ahead of them ends; nothing of that may show."""
     chain = Chain()
@@ -674,6 +704,7 @@ def test_overlapping_launches_give_what_waiting_gives():
     assert not [i for i, y in results if not torch.equal(y, expected[i])]
 
 
+@needs_gpu
 def test_two_streams_at_once():
     chain = Chain()
     inputs = [chain_input(i) for i in range(2)]
@@ -689,6 +720,7 @@ def test_two_streams_at_once():
     assert not [i for i, y in found if not torch.equal(y, expected[i])]
 
 
+@needs_gpu
 def test_cuda_graph_with_changing_inputs():
     chain, inputs = Chain(), [chain_input(i) for i in range(20)]
     expected = [chain(x) for x in inputs]
@@ -713,6 +745,7 @@ def test_cuda_graph_with_changing_inputs():
     assert torch.equal(y, expected[-1])
 
 
+@needs_gpu
 @pytest.mark.parametrize("rows", [4, 256], ids=["few rows", "rows"])
 @pytest.mark.parametrize("kernel", ["", "sm90_128x160", "sm90_64x64:4", "sm80_64x64"])
 def test_weights_and_scales_that_were_written_just_before(kernel, rows, monkeypatch):
@@ -720,10 +753,10 @@ def test_weights_and_scales_that_were_written_just_before(kernel, rows, monkeypa
     if kernel:
         monkeypatch.setenv("MIXDQ_KERNEL", kernel)
     k, n = 640, 640
-    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device="cuda")
-    weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(2)]
+    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=DEVICE)
+    weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE) for _ in range(2)]
     sums = [product(x, w).float() for w in weights]
-    weight, alpha, none = weights[0].clone(), torch.ones(1, n, device="cuda"), torch.zeros(n, device="cuda")
+    weight, alpha, none = weights[0].clone(), torch.ones(1, n, device=DEVICE), torch.zeros(n, device=DEVICE)
     which, factor, flags = 0, 1, []
     for i in range(400):
         if i % 2:
@@ -737,6 +770,7 @@ def test_weights_and_scales_that_were_written_just_before(kernel, rows, monkeypa
     assert first_failure(flags) is None
 
 
+@needs_gpu
 def test_memory_comes_from_torch():
     chain, x = Chain(), chain_input(0)
     chain(x)
@@ -754,14 +788,14 @@ def test_memory_comes_from_torch():
 
 def test_empty_inputs():
     (weight, bits), image_weight = Chain.weight(8, 16, 8), Chain.weight(8, 16, 8, (3, 3))[0]
-    static = (torch.tensor([0.1], device="cuda"), torch.tensor([0.0], device="cuda"), 8)
-    x = torch.empty(2, 0, 16, device="cuda")
+    static = (torch.tensor([0.1], device=DEVICE), torch.tensor([0.0], device=DEVICE), 8)
+    x = torch.empty(2, 0, 16, device=DEVICE)
     xq = ops.quantize(x, *static, [16], None)
     assert xq.shape == (2, 0, 16)
     assert ops.linear_int8(xq, *weight, bits, [16], torch.float16).shape == (2, 0, 8)
     assert ops.quantized_linear(x, *static, *weight, bits, [16]).shape == (2, 0, 8)
     assert [t.shape for t in ops.quantize_per_token(x, 8, [16])] == [(2, 0, 16), (2, 0, 1), (2, 0, 1)]
-    image = torch.empty(0, 16, 5, 5, device="cuda")
+    image = torch.empty(0, 16, 5, 5, device=DEVICE)
     y = ops.quantized_conv2d(image, *static, *image_weight, (1, 1), (1, 1, 1, 1), (1, 1), 8, [16])
     assert y.shape == (0, 8, 5, 5)
 
@@ -769,7 +803,7 @@ def test_empty_inputs():
 def error_cases():
     def args(**changed):
         (qdata, alpha, beta, _), bits = Chain.weight(8, 16, 8)
-        x = torch.zeros(4, 16, dtype=torch.int8, device="cuda")
+        x = torch.zeros(4, 16, dtype=torch.int8, device=DEVICE)
         given = {"xq": x, "qdata": qdata, "alpha": alpha, "beta": beta, "bias": None, "bits": bits, "groups": [16]}
         given |= {"out_dtype": torch.float16, "residual": None}
         return list((given | {name: make(given[name]) for name, make in changed.items()}).values())
@@ -783,11 +817,13 @@ def error_cases():
         "a short vector": (lambda: args(beta=lambda t: t[:4]), "beta must have 8 values; found 4"),
         "half scales": (lambda: args(alpha=lambda t: t.half()), "alpha has the wrong dtype"),
         "a double output": (lambda: args(out_dtype=lambda d: torch.float64), "output must be float16"),
-        "a residual's shape": (lambda: args(residual=lambda _: torch.zeros(4, 1, device="cuda")), "residual must have"),
+        "a residual's shape": (lambda: args(residual=lambda _: torch.zeros(4, 1, device=DEVICE)), "residual must have"),
     }
 
 
-@pytest.mark.parametrize("name", error_cases())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_gpu) if name == "weight on the CPU" else name for name in error_cases()]
+)
 def test_wrong_arguments_are_clear_errors(name):
     args, message = error_cases()[name]
     with pytest.raises(RuntimeError, match=message):
@@ -796,6 +832,6 @@ def test_wrong_arguments_are_clear_errors(name):
 
 def test_an_unknown_kernel_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("MIXDQ_KERNEL", "sm90_1x1")
-    (weight, bits), x = Chain.weight(8, 16, 8), torch.zeros(4, 16, dtype=torch.int8, device="cuda")
+    (weight, bits), x = Chain.weight(8, 16, 8), torch.zeros(4, 16, dtype=torch.int8, device=DEVICE)
     with pytest.raises(RuntimeError, match="names no kernel: 'sm90_1x1'. The kernels are .*sm90_128x160"):
         ops.linear_int8(x, *weight, bits, [16], torch.float16)

@@ -147,6 +147,7 @@ class _Bench:
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         steps = len(todo) * len(self.batches) + 1
         with self._state(), between(steps, progress) as self.advance:
+            self.advance("waiting while another run measures on this device", 0)
             with self.turns.together():
                 prepared = self._prepare() if todo else Prepared()
             for rows in self._all(todo, prepared, started, jobs):
@@ -286,6 +287,7 @@ class _Bench:
         for batch in self.batches:
             if "error" not in found[batch]:
                 try:
+                    self.advance(f"{variant.name}, batch {batch}, waiting for its turn on this device", 0)
                     with self.turns.alone():
                         found[batch] |= self._row(variant, model, run, batch, prepared, base)
                 except Exception as error:

@@ -1,0 +1,203 @@
+"""The CUDA library on a CPU: csrc compiled for the host, with threads, copies and tensor cores emulated.
+
+``tests/emulator`` stands in for nvcc's language, the GPU and the part of torch that knows CUDA; what is tested are the
+sources of the kernels and of their operators as they are. Threads run in random order, asynchronous work ends at random
+or as late as it may, and every tensor lies at the edge of memory that cannot be touched. It assumes the documented
+meaning of instructions, descriptors and tensor maps, has one order of memory for everybody, and says nothing of speed.
+``planted_mistakes.py`` shows what it finds.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+
+# Functions of torch that a build without CUDA does not have, or that would see a CPU.
+REPLACED = (
+    "device_type_cuda",
+    "get_device_index",
+    "create_device_guard",
+    "delete_device_guard",
+    "get_current_cuda_stream",
+    "empty_strided",
+)
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-w", "-DUSE_CUDA", "-DMIXDQ_SM90=1"]
+# Rounding as on the GPU; values read under other types, which nvcc allows; jumps from stack to stack.
+FLAGS += ["-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+SM90, SM80 = 0, 1  # devices
+
+
+def _setup():
+    spec = importlib.util.spec_from_file_location("mixdq_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def why_not() -> str:
+    """Why nothing can be emulated here; empty where it can."""
+    if sys.platform != "linux":
+        return "only on Linux"
+    if not _setup().find_nvcc():
+        return "no CUDA toolkit, whose headers the emulator needs"
+    return "" if shutil.which("c++") else "no C++ compiler"
+
+
+def on_a_host(source: str) -> str:
+    """Dynamic shared memory, the one thing that no macro can replace."""
+    return re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
+        r"\1* \2 = reinterpret_cast<\1*>(emulator::shared);",
+        source,
+    )
+
+
+def read_sources() -> dict[Path, str]:
+    """Every file that is compiled or included, by its place in the folder where that happens."""
+    sources = {path.relative_to(ROOT / "csrc"): on_a_host(path.read_text()) for path in (ROOT / "csrc").rglob("*.*")}
+    return sources | {path.relative_to(EMULATOR): path.read_text() for path in EMULATOR.rglob("*.*")}
+
+
+def build(sources: dict[Path, str], folder: Path = BUILD) -> Path:
+    """Compile the library into the folder unless it is there; about half a minute on two cores."""
+    import fcntl  # Linux only, as all of this
+
+    key = hashlib.sha256(repr((sorted(sources.items()), FLAGS, torch.__version__)).encode()).hexdigest()[:16]
+    library = folder / f"{key}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run side by side
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            _compile(sources, folder / "sources", library)
+    return library
+
+
+def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
+    setup = _setup()
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, text in sources.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    package = Path(torch.__file__).parent
+    # nvcc may be a script that stands elsewhere than the toolkit; it tells where it looks.
+    told = _run([setup.find_nvcc(), "--dryrun", "-c", str(folder / "unpack.cu")])
+    cuda = re.search(r'INCLUDES="-I([^"]+?)"', told)[1].strip()
+    flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}", f"-I{folder / 'include'}", f"-I{folder}"]
+    flags += ["-isystem", str(package / "include"), "-isystem", cuda]
+    renamed = [f"-Daoti_torch_{name}=emulated_{name}" for name in REPLACED]
+
+    def compile_one(path: Path) -> str:
+        out = (folder / path).with_suffix(".o")
+        # The emulator's own files define what the others' names are replaced by.
+        extra = [] if (EMULATOR / path).exists() else [*renamed, "-include", "cuda_on_cpu.h"]
+        _run(["c++", "-x", "c++", "-c", str(folder / path), "-o", str(out), *flags, *extra])
+        return str(out)
+
+    units = [path for path in sources if path.suffix in (".cu", ".cpp") and path.name != "host.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, units))
+    partial = library.with_suffix(".partial")
+    torch_libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
+    _run(["c++", "-shared", "-Wl,-z,defs", "-o", str(partial), *objects, *torch_libraries])
+    partial.rename(library)
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\nfailed with exit code {done.returncode}")
+    return done.stdout
+
+
+def edge_of_memory(storage: torch.UntypedStorage) -> Tensor:
+    """A copy as bytes that ends, but for alignment to 16, where memory cannot be touched."""
+    size = storage.nbytes()
+    pages = -(-size // mmap.PAGESIZE)
+    area = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for page in (0, pages + 1):
+        if protect(ctypes.c_void_p(start + page * mmap.PAGESIZE), mmap.PAGESIZE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = (pages + 1) * mmap.PAGESIZE - -(-size // 16) * 16
+    copy = torch.frombuffer(area, dtype=torch.uint8, count=size, offset=offset)
+    return copy.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+
+def at_the_edge(args):
+    """The same arguments, their tensors in such copies; those that share memory still do."""
+    copies = {}
+
+    def move(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(move(v) for v in value)
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in copies:
+            copies[storage.data_ptr()] = edge_of_memory(storage).untyped_storage()
+        view = torch.empty(0, dtype=value.dtype)
+        return view.set_(copies[storage.data_ptr()], value.storage_offset(), value.size(), value.stride())
+
+    return move(args)
+
+
+class Operators:
+    """``torch.ops.mixdq_ao`` as on a GPU, for tensors of a CPU; built and loaded when first needed."""
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        path = os.environ.get("MIXDQ_EMULATED_LIBRARY") or str(build(read_sources()))
+        torch.ops.load_library(path)
+        return ctypes.CDLL(path)
+
+    def seed(self, number: int) -> None:
+        """Another number, another order of events."""
+        self._library.emulator_seed(number)
+
+    def set_device(self, number: int) -> None:
+        """SM90, as from the start, or SM80."""
+        self._library.emulator_set_device(number)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        op, library = getattr(torch.ops.mixdq_ao, name).default, self._library
+
+        def call(*args):
+            result = op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *at_the_edge(args))
+            assert library.emulator_count_overruns() == 0, f"{name} wrote past the ends of its tensors"
+            return result
+
+        return call
+
+
+class CudaOperators(TorchDispatchMode):
+    """Within it our operators are the CUDA library's, whoever calls them."""
+
+    def __init__(self, operators: Operators):
+        super().__init__()
+        self._operators = operators
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "mixdq_ao":
+            return getattr(self._operators, op._opname)(*args, **(kwargs or {}))
+        return op(*args, **(kwargs or {}))

@@ -1,0 +1,21 @@
+// The instructions of copies.cpp, for the headers in include/.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace emulator {
+
+void init_barrier(uint64_t* barrier, uint32_t count);
+void arrive(uint64_t* barrier, uint32_t expected_bytes);
+void wait_for_phase(uint64_t* barrier, uint32_t parity);
+
+// The copy of one box to shared memory; complete at some time, when it counts its bytes at the barrier.
+void bulk_copy(const void* map, uint64_t* barrier, void* to, std::vector<int> at, bool im2col, unsigned offset_w,
+               unsigned offset_h);
+
+// 16 bytes, or zeros; there when the thread has waited for its group.
+void copy_async(const void* from, void* to, bool valid);
+void commit_copies();
+void wait_for_copies(int open_groups);
+
+}  // namespace emulator

@@ -1,0 +1,37 @@
+#pragma once
+#include "copies.h"
+
+namespace emulator {
+uint32_t shared_address(const void* data);
+}
+
+namespace cute {
+
+inline uint32_t cast_smem_ptr_to_uint(const void* data) { return emulator::shared_address(data); }
+
+namespace TMA {
+enum class CacheHintSm90 : uint64_t { EVICT_NORMAL };
+}
+struct TmaDescriptor {
+  char bytes[128];
+};
+inline void prefetch_tma_descriptor(const TmaDescriptor*) {}
+
+struct SM90_TMA_LOAD_2D {
+  static void copy(const void* map, uint64_t* barrier, uint64_t, void* to, int x, int y) {
+    emulator::bulk_copy(map, barrier, to, {x, y}, false, 0, 0);
+  }
+};
+struct SM90_TMA_LOAD_3D {
+  static void copy(const void* map, uint64_t* barrier, uint64_t, void* to, int x, int y, int z) {
+    emulator::bulk_copy(map, barrier, to, {x, y, z}, false, 0, 0);
+  }
+};
+struct SM90_TMA_LOAD_IM2COL_4D {
+  static void copy(const void* map, uint64_t* barrier, void* to, int c, int w, int h, int n, uint16_t offset_w,
+                   uint16_t offset_h) {
+    emulator::bulk_copy(map, barrier, to, {c, w, h, n}, true, offset_w, offset_h);
+  }
+};
+
+}  // namespace cute

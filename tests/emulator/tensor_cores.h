@@ -1,0 +1,20 @@
+// The instructions of tensor_cores.cpp, for the headers in include/.
+#pragma once
+#include <cstdint>
+
+namespace emulator {
+
+// A [16, 32] times b [8, 32] transposed, int8, added to this lane's four sums.
+void multiply_16x8x32(const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t (&sums)[4]);
+
+// Four matrices of 8 rows of 16 bytes; lane i has the address of row i % 8 of matrix i / 8.
+void load_matrices(const void* row, uint32_t* (&to)[4]);
+
+enum Operands { kInt8, kHalf, kBfloat16 };
+
+// wgmma: [64, 32 bytes] times [n, 32 bytes] transposed, done at some time until its group is waited for.
+void multiply_warpgroup(Operands type, int n, uint64_t a, uint64_t b, void* sums, bool add);
+void commit_multiplies();
+void wait_for_multiplies(int open_groups);
+
+}  // namespace emulator

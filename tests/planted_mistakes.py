@@ -1,0 +1,162 @@
+"""Which mistakes in the kernels the emulated tests find: plants one after another and runs the tests of that kernel.
+
+``python tests/planted_mistakes.py`` takes about a minute for each, on two cores, and ends with 1 if one was not found.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import emulated
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Mistake:
+    what: str
+    file: str
+    right: str  # a regular expression that is there once or more; the first is replaced
+    wrong: str
+    tests: str  # for pytest -k
+
+
+MATMUL = "sm90/matmul.cuh"
+MISTAKES = [
+    Mistake(
+        "a slot counts as empty one warp too early",
+        MATMUL,
+        r"turns == Turns::cooperative \? 8 : 4\)",
+        "turns == Turns::cooperative ? 7 : 3)",
+        "random_problems and sm90_256x128",
+    ),
+    Mistake(
+        "codes are spread before all warps have packed ones",
+        MATMUL,
+        r"FullBarrier::init\(sm.full\(i\), C::packed \? 4 : 1\)",
+        "FullBarrier::init(sm.full(i), C::packed ? 3 : 1)",
+        "random_problems and sm90_128x160_packed",
+    ),
+    Mistake(
+        "the groups of a ping-pong kernel do not take turns",
+        MATMUL,
+        r"if \(C::turns == Turns::ping_pong && index != int\(blockIdx.x\)\) await_turn\(group\);",
+        "",
+        "random_problems and sm90_128x160",
+    ),
+    Mistake(
+        "columns are overwritten while a warp still needs them",
+        MATMUL,
+        r"sync_group\(group\);  // every warp is done with the columns of the tile before\n",
+        "\n",
+        "random_problems and sm90_128x128",
+    ),
+    Mistake(
+        "sums of a split reduction are read before they are there",
+        MATMUL,
+        r"cooperative_groups::this_cluster\(\).sync\(\);",
+        "__syncthreads();",
+        "random_problems and sm90_64x64",
+    ),
+    Mistake(
+        "a block of a cluster ends while others read its sums",
+        MATMUL,
+        r"cute::cluster_wait\(\);",
+        "",
+        "random_problems and sm90_64x64",
+    ),
+    Mistake(
+        "a warp overtakes another in the staging rows",
+        MATMUL,
+        r"(staged<Piece, C>\(staging, row, c\);\n      \}\);\n)      __syncwarp\(\);\n",
+        r"\1",
+        "random_problems and sm90_64x160",
+    ),
+    Mistake("a descriptor's stride", "sm90/wgmma.cuh", r"1024 >> 4", "512 >> 4", "random_problems and sm90_128x64"),
+    Mistake(
+        "the corner of a dilated window",
+        "sm90/tensor_map.cu",
+        r"-\(p.window.s - 1\) \* p.window.dilation_w",
+        "-(p.window.s - 1)",
+        "random_problems and sm90_64x80",
+    ),
+    Mistake(
+        "cp.async is waited for one group too late",
+        "sm80/matmul.cuh",
+        r"cp_async_wait<C::kStages - 2>\(\);\n    __syncthreads",
+        "cp_async_wait<C::kStages - 1>();\n    __syncthreads",
+        "random_problems and sm80_64x64",
+    ),
+    Mistake(
+        "a stage is overwritten while a warp reads it",
+        "sm80/matmul.cuh",
+        r"cp_async_wait<C::kStages - 2>\(\);\n    __syncthreads\(\);",
+        "cp_async_wait<C::kStages - 2>();",
+        "random_problems and sm80_128x64",
+    ),
+    Mistake(
+        "rows past the end are read",
+        "sm80/matmul.cuh",
+        r"first_pixel\(p, row < m \? row : m - 1\)",
+        "first_pixel(p, row)",
+        "random_problems and sm80_128x128",
+    ),
+    Mistake(
+        "a code is rounded twice",
+        "codes.cuh",
+        r"return round\(q == q \? q : 0.f\)",
+        "return round(rintf(q))",
+        "quantize",
+    ),
+    Mistake(
+        "the threads of a row do not wait for its range",
+        "quantize.cu",
+        r"(shared\[1\]\[threadIdx.x / 32\] = high;\n)    __syncthreads\(\);\n",
+        r"\1",
+        "per_token",
+    ),
+]
+
+
+def fail(sources: dict[Path, str], tests: str, folder: Path) -> bool:
+    """Whether one of those tests fails with a library from the sources, built in the folder."""
+    options = ["-x", "-n", "1", "-p", "no:cacheprovider", "-k", tests]
+    command = [sys.executable, "-m", "pytest", Path(__file__).with_name("test_cuda_kernels.py"), *options]
+    settings = {"MIXDQ_EMULATED_LIBRARY": str(emulated.build(sources, folder)), "MIXDQ_CASES": "40"}
+    done = subprocess.run(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if not re.search(r"\d+ (passed|failed)", done.stdout):
+        raise SystemExit(done.stdout)
+    return done.returncode != 0
+
+
+def is_found(mistake: Mistake, folder: Path) -> bool:
+    sources = emulated.read_sources()
+    path = Path(mistake.file)
+    text, count = re.subn(mistake.right, mistake.wrong, sources[path], count=1)
+    if not count:
+        raise SystemExit(f"{mistake.what}: {mistake.file} no longer has {mistake.right}")
+    return fail(sources | {path: text}, mistake.tests, folder)
+
+
+def main() -> int:
+    table = Table("mistake", "file", "found", title="Mistakes planted in the kernels")
+    console, missed, folder = Console(), 0, emulated.BUILD / "mistakes"
+    with console.status("the same tests without a mistake"):
+        if fail(emulated.read_sources(), "random_problems or quantize", folder):
+            raise SystemExit("Tests fail without any mistake: mend that first.")
+    for mistake in MISTAKES:
+        with console.status(f"{mistake.what} ({mistake.file})"):
+            found = is_found(mistake, folder)
+        table.add_row(mistake.what, mistake.file, "yes" if found else "no")
+        missed += not found
+    console.print(table)
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
