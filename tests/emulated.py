@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
@@ -40,6 +41,8 @@ REPLACED = (
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-w", "-DUSE_CUDA", "-DMIXDQ_SM90=1"]
 # Rounding as on the GPU; values read under other types, which nvcc allows; jumps from stack to stack.
 FLAGS += ["-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+# A GPU stops at a vector that is not aligned; a CPU would read it.
+SANITIZER = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 SM90, SM80 = 0, 1  # devices
 
 
@@ -60,12 +63,16 @@ def why_not() -> str:
 
 
 def on_a_host(source: str) -> str:
-    """Dynamic shared memory, the one thing that no macro can replace."""
-    return re.sub(
+    """What no macro can replace: dynamic shared memory, and the instructions of dependent launches."""
+    source = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1* \2 = reinterpret_cast<\1*>(emulator::shared);",
         source,
     )
+    for instruction, function in (("wait", "wait_for_previous"), ("launch_dependents", "let_next_start")):
+        assembly = rf'#if __CUDA_ARCH__ >= 900\n  asm volatile\("griddepcontrol.{instruction};" ::: "memory"\);\n#endif'
+        source = re.sub(assembly, f"\nemulator::{function}();\n", source)
+    return source
 
 
 def read_sources() -> dict[Path, str]:
@@ -78,7 +85,7 @@ def build(sources: dict[Path, str], folder: Path = BUILD) -> Path:
     """Compile the library into the folder unless it is there; about half a minute on two cores."""
     import fcntl  # Linux only, as all of this
 
-    key = hashlib.sha256(repr((sorted(sources.items()), FLAGS, torch.__version__)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((sorted(sources.items()), FLAGS, SANITIZER, torch.__version__)).encode()).hexdigest()[:16]
     library = folder / f"{key}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -100,7 +107,13 @@ def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
     # nvcc may be a script that stands elsewhere than the toolkit; it tells where it looks.
     told = _run([setup.find_nvcc(), "--dryrun", "-c", str(folder / "unpack.cu")])
     cuda = re.search(r'INCLUDES="-I([^"]+?)"', told)[1].strip()
-    flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}", f"-I{folder / 'include'}", f"-I{folder}"]
+    flags = [
+        *FLAGS,
+        *SANITIZER,
+        f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}",
+        f"-I{folder / 'include'}",
+        f"-I{folder}",
+    ]
     flags += ["-isystem", str(package / "include"), "-isystem", cuda]
     renamed = [f"-Daoti_torch_{name}=emulated_{name}" for name in REPLACED]
 
@@ -116,7 +129,7 @@ def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
         objects = list(pool.map(compile_one, units))
     partial = library.with_suffix(".partial")
     torch_libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run(["c++", "-shared", "-Wl,-z,defs", "-o", str(partial), *objects, *torch_libraries])
+    _run(["c++", "-shared", *SANITIZER, "-Wl,-z,defs", "-o", str(partial), *objects, *torch_libraries])
     partial.rename(library)
 
 
@@ -182,8 +195,17 @@ class Operators:
             raise AttributeError(name)
         op, library = getattr(torch.ops.mixdq_ao, name).default, self._library
 
+        names = [argument.name for argument in op._schema.arguments]
+
         def call(*args):
-            result = op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *at_the_edge(args))
+            args = at_the_edge(args)
+            library.emulator_begin()
+            # The kernel ahead of the operator may have written all that it reads but weights.
+            read = [arg for name, arg in zip(names, args, strict=False) if name != "qdata"]
+            tensors = [t for t in tree_leaves(read) if isinstance(t, Tensor) and t.numel()]
+            for storage in {s.data_ptr(): s for s in map(Tensor.untyped_storage, tensors)}.values():
+                library.emulator_written_ahead(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
+            result = op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
             assert library.emulator_count_overruns() == 0, f"{name} wrote past the ends of its tensors"
             return result
 

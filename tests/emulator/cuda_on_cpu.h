@@ -41,11 +41,14 @@ namespace emulator {
 // Dynamic shared memory of the running block.
 extern uint8_t* shared;
 
-// Runs the kernel to its end. `cluster` blocks run at once, one after another otherwise.
-void run(dim3 grid, dim3 block, size_t shared_bytes, int cluster, const std::function<void()>& kernel);
+// Runs the kernel to its end. `cluster` blocks run at once, one after another otherwise. A dependent one may begin before
+// the kernel ahead has ended.
+void run(dim3 grid, dim3 block, size_t shared_bytes, int cluster, bool dependent, const std::function<void()>& kernel);
 
 void sync_block();
 void sync_warp();
+void wait_for_previous();
+void let_next_start();
 
 // Every lane gives 32 bytes at most and gets everybody's, until end_exchange().
 struct Lanes {
@@ -59,11 +62,16 @@ void end_exchange();
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   int cluster = 1;
+  bool dependent = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& a = config->attrs[i];
     if (a.id == cudaLaunchAttributeClusterDimension) cluster = int(a.val.clusterDim.x);
+    if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      dependent = a.val.programmaticStreamSerializationAllowed != 0;
+    }
   }
-  emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster, [&] { kernel(arguments...); });
+  emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster, dependent,
+                [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 

@@ -45,6 +45,7 @@ struct Fiber {
   jmp_buf place;  // once begun; ucontext's own switch asks the kernel for signal masks, which takes ten times as long
   int block = 0, thread = 0;
   bool begun = false, ended = false;
+  bool waited = false;  // for the kernel ahead
   std::string at;  // what it waits for, to tell of a deadlock
   long issued = 0;                                // wgmma instructions
   std::deque<long> groups;                        // instructions issued when each open group was committed

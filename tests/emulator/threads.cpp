@@ -4,6 +4,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "dependence.h"
 #include "machine.h"
 
 uint3 threadIdx, blockIdx;
@@ -150,6 +151,7 @@ void run_cluster(unsigned first, int threads, const std::vector<char*>& stacks) 
   runnable.clear();
   at_cluster_barrier.clear();
   forget_copies();
+  begin_cluster();
   for (size_t rank = 0; rank < blocks.size(); ++rank) {
     prepare(blocks[rank], first + unsigned(rank), threads);
     for (int thread = 0; thread < threads; ++thread) {
@@ -161,6 +163,7 @@ void run_cluster(unsigned first, int threads, const std::vector<char*>& stacks) 
   auto alive = [] { return std::any_of(blocks.begin(), blocks.end(), [](const Block& b) { return b.alive > 0; }); };
   while (alive()) {
     if (runnable.empty()) {
+      if ((!copies_under_way() || random_bits() % 2) && end_kernel_ahead()) continue;
       if (!copies_under_way()) fail("deadlock:" + where_everybody_waits());
       finish_some_copy();
       continue;
@@ -169,6 +172,7 @@ void run_cluster(unsigned first, int threads, const std::vector<char*>& stacks) 
     if (!late_multiplies && random_bits() % 16 == 0) finish_some_multiply();
     resume(take_runnable());
   }
+  end_cluster();
   check_all_is_done();
 }
 
@@ -279,7 +283,7 @@ uint32_t shared_address(const void* data) {
   return uint32_t(p - my_block().memory);
 }
 
-void run(dim3 grid, dim3 block, size_t bytes, int cluster, const std::function<void()>& kernel) {
+void run(dim3 grid, dim3 block, size_t bytes, int cluster, bool dependent, const std::function<void()>& kernel) {
   current = -1;
   require(bytes <= size_t(kMaxSharedBytes), "too much shared memory");
   require(bytes % 16 == 0, "shared memory is not in multiples of 16 bytes");
@@ -302,7 +306,9 @@ void run(dim3 grid, dim3 block, size_t bytes, int cluster, const std::function<v
   std::vector<unsigned> order(size_t(grid.x) * grid.y * grid.z / cluster);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_bits);
+  begin_launch(dependent);
   for (unsigned first : order) run_cluster(first * cluster, int(block.x), stacks);
+  end_launch();
 }
 
 }  // namespace emulator
