@@ -7,6 +7,7 @@ meaning of instructions, descriptors and tensor maps, has one order of memory fo
 ``planted_mistakes.py`` shows what it finds.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -16,13 +17,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +183,10 @@ class Operators:
         torch.ops.load_library(path)
         return ctypes.CDLL(path)
 
+    def load(self) -> None:
+        """Now, and not at the first call."""
+        _ = self._library
+
     def seed(self, number: int) -> None:
         """Another number, another order of events."""
         self._library.emulator_seed(number)
@@ -212,14 +217,16 @@ class Operators:
         return call
 
 
-class CudaOperators(TorchDispatchMode):
-    """Within it our operators are the CUDA library's, whoever calls them."""
-
-    def __init__(self, operators: Operators):
-        super().__init__()
-        self._operators = operators
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "mixdq_ao":
-            return getattr(self._operators, op._opname)(*args, **(kwargs or {}))
-        return op(*args, **(kwargs or {}))
+@contextlib.contextmanager
+def in_place_of_the_cpu(operators: Operators) -> Iterator[None]:
+    """Within it our operators are the CUDA library's, whoever calls them: compiled code, too."""
+    library = torch.library.Library("mixdq_ao", "IMPL")
+    try:
+        operators.load()
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+            namespace, _, op = name.partition("::")
+            if namespace == "mixdq_ao":
+                library.impl(op, getattr(operators, op), "CPU")
+        yield
+    finally:
+        library._destroy()

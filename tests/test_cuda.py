@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import run_unet, tiny_sdxl_unet, unet_inputs
 
+import mixdq_ao
 from mixdq_ao import MixDQConfig, MixDQTensor, observe, quantize_
 from mixdq_ao.evaluate import sqnr
 
@@ -16,6 +17,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 NOTHING = "" if ON_GPU else emulated.why_not()
 pytestmark = pytest.mark.skipif(bool(NOTHING), reason=f"no CUDA device: {NOTHING}")
+OPERATORS = None if ON_GPU else emulated.Operators()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
 ACTIVATIONS = {
@@ -29,10 +31,9 @@ CONV = [((2, 6, 9, 8), (12, 6, 3, 3), {"padding": 1}), ((1, 40, 7, 7), (8, 40, 1
         ((3, 16, 9, 9), (5, 16, 3, 3), {"padding": (2, 1), "stride": 2, "dilation": 2})]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """A context in which our operators are those for CUDA tensors, wherever the tensors are."""
-    return contextlib.nullcontext() if ON_GPU else emulated.CudaOperators(emulated.Operators())
+def kernels() -> contextlib.AbstractContextManager:
+    """Within it our operators are those for CUDA tensors, wherever the tensors are."""
+    return contextlib.nullcontext() if ON_GPU else emulated.in_place_of_the_cpu(OPERATORS)
 
 
 def close(on_cpu, on_cuda, activation) -> None:
@@ -48,12 +49,12 @@ def close(on_cpu, on_cuda, activation) -> None:
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows, k, n", LINEAR)
-def test_linear(rows, k, n, activation, bits, kernels):
+def test_linear(rows, k, n, activation, bits):
     torch.manual_seed(0)
     w = MixDQTensor.from_float(torch.randn(n, k), bits, **ACTIVATIONS[activation])
     x, bias = torch.randn(2, rows, k), torch.randn(n)
     torch.backends.cuda.matmul.allow_tf32 = False
-    with kernels:
+    with kernels():
         y = F.linear(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE))
     close(F.linear(x, w, bias), y, activation)
 
@@ -61,11 +62,11 @@ def test_linear(rows, k, n, activation, bits, kernels):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("x_shape, w_shape, kwargs", CONV)
-def test_conv2d(x_shape, w_shape, kwargs, activation, bits, kernels):
+def test_conv2d(x_shape, w_shape, kwargs, activation, bits):
     torch.manual_seed(0)
     w = MixDQTensor.from_float(torch.randn(w_shape), bits, **ACTIVATIONS[activation])
     x, bias = torch.randn(x_shape), torch.randn(w_shape[0])
-    with kernels, torch.backends.cudnn.flags(allow_tf32=False):
+    with kernels(), torch.backends.cudnn.flags(allow_tf32=False):
         y = F.conv2d(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), **kwargs)
     close(F.conv2d(x, w, bias, **kwargs), y, activation)
 
@@ -99,13 +100,50 @@ def quantized_copy(unet, inputs: dict, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_unet_eager(dtype, kernels):
+def test_unet_eager(dtype):
     unet, inputs = tiny_sdxl_unet(layers_per_block=1).to(DEVICE), moved(unet_inputs())
     quantized = quantized_copy(unet, inputs, dtype)
-    with kernels:
+    with kernels():
         eager = run_unet(quantized, **moved(unet_inputs(dtype=dtype)))
     assert torch.isfinite(eager).all()
     assert sqnr(run_unet(unet, **inputs), eager) > 20
+
+
+class Compared(emulated.Operators):
+    """Each call must give what the operator for any device gives for the same arguments."""
+
+    def __init__(self):
+        self.called = set()
+
+    def __getattr__(self, name: str):
+        on_gpu, op = super().__getattr__(name), getattr(torch.ops.mixdq_ao, name).default
+
+        def call(*args):
+            found = on_gpu(*args)
+            expected = op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd), *args)
+            told = name, [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]
+            assert found.shape == expected.shape and found.dtype == expected.dtype, told
+            if found.dtype == torch.int8:  # norms may round the other way beside a half
+                assert (found != expected).double().mean() < 2e-3 and (found.int() - expected).abs().max() <= 1, told
+            else:
+                assert sqnr(expected, found) > 60, told
+            self.called.add(name)
+            return found
+
+        return call
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU test_cuda_compile has more of it")
+def test_unet_by_our_passes():
+    """The operators that only compiled models call, with what such models give them."""
+    half, operators = unet_inputs(dtype=torch.float16), Compared()
+    compiled = mixdq_ao.compile(quantized_copy(tiny_sdxl_unet(layers_per_block=1), unet_inputs(), torch.float16))
+    on_cpu = run_unet(compiled, **half)
+    with emulated.in_place_of_the_cpu(operators):
+        y = run_unet(compiled, **half)
+    assert sqnr(on_cpu, y) > 20  # as far apart as roundings before quantizers drive them
+    fused = {"layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "linear_int8_multi"}
+    assert operators.called >= fused | {"quantize", "linear_int8", "conv2d_int8"}
 
 
 @needs_gpu
