@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
@@ -160,18 +160,15 @@ def at_the_edge(args):
     """The same arguments, their tensors in such copies; those that share memory still do."""
     copies = {}
 
-    def move(value):
-        if isinstance(value, (list, tuple)):
-            return type(value)(move(v) for v in value)
-        if not isinstance(value, Tensor) or not value.numel():
-            return value
-        storage = value.untyped_storage()
+    def move(t: Tensor) -> Tensor:
+        if not t.numel():
+            return t
+        storage = t.untyped_storage()
         if storage.data_ptr() not in copies:
             copies[storage.data_ptr()] = edge_of_memory(storage).untyped_storage()
-        view = torch.empty(0, dtype=value.dtype)
-        return view.set_(copies[storage.data_ptr()], value.storage_offset(), value.size(), value.stride())
+        return torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], t.storage_offset(), t.size(), t.stride())
 
-    return move(args)
+    return tree_map_only(Tensor, move, args)
 
 
 class Operators:
@@ -199,18 +196,18 @@ class Operators:
         if name.startswith("_"):
             raise AttributeError(name)
         op, library = getattr(torch.ops.mixdq_ao, name).default, self._library
-
-        names = [argument.name for argument in op._schema.arguments]
+        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        parameters = [parameter.name for parameter in op._schema.arguments]
 
         def call(*args):
             args = at_the_edge(args)
             library.emulator_begin()
             # The kernel ahead of the operator may have written all that it reads but weights.
-            read = [arg for name, arg in zip(names, args, strict=False) if name != "qdata"]
+            read = [arg for parameter, arg in zip(parameters, args, strict=False) if parameter != "qdata"]
             tensors = [t for t in tree_leaves(read) if isinstance(t, Tensor) and t.numel()]
             for storage in {s.data_ptr(): s for s in map(Tensor.untyped_storage, tensors)}.values():
                 library.emulator_written_ahead(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
-            result = op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+            result = op.redispatch(cuda, *args)
             assert library.emulator_count_overruns() == 0, f"{name} wrote past the ends of its tensors"
             return result
 
