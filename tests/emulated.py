@@ -86,7 +86,8 @@ def build(sources: dict[Path, str], folder: Path = BUILD) -> Path:
     """Compile the library into the folder unless it is there; about half a minute on two cores."""
     import fcntl  # Linux only, as all of this
 
-    key = hashlib.sha256(repr((sorted(sources.items()), FLAGS, SANITIZER, torch.__version__)).encode()).hexdigest()[:16]
+    how = Path(__file__).read_text()
+    key = hashlib.sha256(repr((sorted(sources.items()), how, torch.__version__)).encode()).hexdigest()[:16]
     library = folder / f"{key}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -130,7 +131,8 @@ def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
         objects = list(pool.map(compile_one, units))
     partial = library.with_suffix(".partial")
     torch_libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run(["c++", "-shared", *SANITIZER, "-Wl,-z,defs", "-o", str(partial), *objects, *torch_libraries])
+    # Symbolic: a torch with CUDA has loaded the real runtime, which is not to be found first.
+    _run(["c++", "-shared", *SANITIZER, "-Wl,-z,defs,-Bsymbolic", "-o", str(partial), *objects, *torch_libraries])
     partial.rename(library)
 
 
