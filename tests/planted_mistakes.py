@@ -41,6 +41,13 @@ MISTAKES = [
         "random_problems and sm90_128x160_packed",
     ),
     Mistake(
+        "spread codes are not fenced for the tensor cores",
+        MATMUL,
+        r"cutlass::arch::fence_view_async_shared\(\);",
+        "",
+        "random_problems and sm90_64x160_packed",
+    ),
+    Mistake(
         "the groups of a ping-pong kernel do not take turns",
         MATMUL,
         r"if \(C::turns == Turns::ping_pong && index != int\(blockIdx.x\)\) await_turn\(group\);",

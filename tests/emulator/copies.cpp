@@ -108,7 +108,7 @@ class Writer {
       uint32_t a = at_ + written + i;
       if (map_.swizzled) a ^= (a >> 7 & 7) << 4;
       const int64_t c = first + i;
-      block_.memory[a] = from && c >= 0 && c < int64_t(map_.size[0]) ? from[c] : 0;
+      block_.memory[a] = block_.async_view[a] = from && c >= 0 && c < int64_t(map_.size[0]) ? from[c] : 0;
     }
     written += map_.box[0];
   }
@@ -188,6 +188,18 @@ void wait_for_phase(uint64_t* barrier, uint32_t parity) {
     find(my_block(), barrier).waiting.push_back(current);
     wait_until_woken("the mbarrier at " + std::to_string(reinterpret_cast<uint8_t*>(barrier) - my_block().shared) +
                      ", parity " + std::to_string(parity));
+  }
+}
+
+void fence_async() {
+  if (++my_warp().fenced_lanes < 32) return;
+  my_warp().fenced_lanes = 0;
+  Block& block = my_block();
+  constexpr size_t kPiece = 1024;
+  for (size_t at = 0; at < block.bytes; at += kPiece) {
+    if (std::memcmp(&block.async_view[at], block.memory + at, kPiece)) {
+      std::memcpy(&block.async_view[at], block.memory + at, kPiece);
+    }
   }
 }
 

@@ -9,6 +9,10 @@ void init_barrier(uint64_t* barrier, uint32_t count);
 void arrive(uint64_t* barrier, uint32_t expected_bytes);
 void wait_for_phase(uint64_t* barrier, uint32_t parity);
 
+// What a warp's lanes wrote to shared memory, and now have all fenced, can be seen by wgmma. What others wrote shows then,
+// too, which it would not on a GPU.
+void fence_async();
+
 // The copy of one box to shared memory; complete at some time, when it counts its bytes at the barrier.
 void bulk_copy(const void* map, uint64_t* barrier, void* to, std::vector<int> at, bool im2col, unsigned offset_w,
                unsigned offset_h);

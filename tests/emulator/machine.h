@@ -32,6 +32,7 @@ struct Warp {
   std::vector<int> waiting;      // fibers, for the queue
   std::vector<int> at_barrier;   // fibers, at sync_warp()
   int priority = 0;
+  int fenced_lanes = 0;
 };
 
 struct AsyncCopy {
@@ -70,6 +71,7 @@ struct Block {
   unsigned index = 0;
   uint8_t *memory = nullptr, *shared = nullptr;  // pages between two that cannot be touched; their end is `shared`
   size_t bytes = 0;
+  std::vector<uint8_t> async_view;  // the same memory as bulk copies and wgmma see it: a thread's writes only past a fence
   int alive = 0;
   std::vector<int> at_barrier;
   std::map<uint64_t*, Barrier> barriers;

@@ -17,7 +17,7 @@ void gather(uint8_t (*to)[kRowBytes], const Block& block, uint64_t descriptor, i
       uint32_t at = start + r / 8 * stride + r % 8 * 128 + half * 16;
       at ^= (at >> 7 & 7) << 4;
       require(in_shared(block, block.memory + at, 16), "wgmma reads outside of shared memory");
-      std::memcpy(to[r - first] + half * 16, block.memory + at, 16);
+      std::memcpy(to[r - first] + half * 16, &block.async_view[at], 16);
     }
   }
 }

@@ -80,6 +80,7 @@ void prepare(Block& block, unsigned index, int threads) {
   for (Warp& warp : block.warps) warp.priority = int(random_bits() % 8);
   uint32_t state = random_bits();
   for (size_t i = 0; i < bytes; ++i) memory[i] = uint8_t((state = state * 1664525 + 1013904223) >> 24);
+  block.async_view.assign(memory, memory + bytes);
 }
 
 void prepare(Fiber& fiber, char* stack, int block, int thread) {

@@ -20,6 +20,6 @@ struct NamedBarrier {  // CUTLASS keeps the first eight for itself
   static void arrive(uint32_t threads, uint32_t id) { emulator::named_barrier(threads, id + 8, false); }
 };
 inline void fence_barrier_init() {}
-inline void fence_view_async_shared() {}
+inline void fence_view_async_shared() { emulator::fence_async(); }
 
 }  // namespace cutlass::arch
