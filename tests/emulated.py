@@ -15,7 +15,6 @@ import mmap
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +57,8 @@ def why_not() -> str:
     """Why nothing can be emulated here; empty where it can."""
     if sys.platform != "linux":
         return "only on Linux"
+    if importlib.util.find_spec("setuptools") is None:
+        return "no setuptools, which setup.py needs to tell where the CUDA toolkit is"
     if not _setup().find_nvcc():
         return "no CUDA toolkit, whose headers the emulator needs"
     return "" if shutil.which("c++") else "no C++ compiler"
@@ -107,23 +108,17 @@ def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
         (folder / path).write_text(text)
     package = Path(torch.__file__).parent
     # nvcc may be a script that stands elsewhere than the toolkit; it tells where it looks.
-    told = _run([setup.find_nvcc(), "--dryrun", "-c", str(folder / "unpack.cu")])
+    told = setup.run([setup.find_nvcc(), "--dryrun", "-c", str(folder / "unpack.cu")])
     cuda = re.search(r'INCLUDES="-I([^"]+?)"', told)[1].strip()
-    flags = [
-        *FLAGS,
-        *SANITIZER,
-        f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}",
-        f"-I{folder / 'include'}",
-        f"-I{folder}",
-    ]
-    flags += ["-isystem", str(package / "include"), "-isystem", cuda]
+    flags = [*FLAGS, *SANITIZER, f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}"]
+    flags += [f"-I{folder / 'include'}", f"-I{folder}", "-isystem", str(package / "include"), "-isystem", cuda]
     renamed = [f"-Daoti_torch_{name}=emulated_{name}" for name in REPLACED]
 
     def compile_one(path: Path) -> str:
         out = (folder / path).with_suffix(".o")
         # The emulator's own files define what the others' names are replaced by.
         extra = [] if (EMULATOR / path).exists() else [*renamed, "-include", "cuda_on_cpu.h"]
-        _run(["c++", "-x", "c++", "-c", str(folder / path), "-o", str(out), *flags, *extra])
+        setup.run(["c++", "-x", "c++", "-c", str(folder / path), "-o", str(out), *flags, *extra])
         return str(out)
 
     units = [path for path in sources if path.suffix in (".cu", ".cpp") and path.name != "host.cpp"]
@@ -132,15 +127,8 @@ def _compile(sources: dict[Path, str], folder: Path, library: Path) -> None:
     partial = library.with_suffix(".partial")
     torch_libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
     # Symbolic: a torch with CUDA has loaded the real runtime, which is not to be found first.
-    _run(["c++", "-shared", *SANITIZER, "-Wl,-z,defs,-Bsymbolic", "-o", str(partial), *objects, *torch_libraries])
+    setup.run(["c++", "-shared", *SANITIZER, "-Wl,-z,defs,-Bsymbolic", "-o", str(partial), *objects, *torch_libraries])
     partial.rename(library)
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\nfailed with exit code {done.returncode}")
-    return done.stdout
 
 
 def edge_of_memory(storage: torch.UntypedStorage) -> Tensor:

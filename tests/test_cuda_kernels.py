@@ -487,10 +487,10 @@ def draw_input(rng: random.Random, image: bool, widen: int = 1) -> tuple[Tensor,
     return laid_out(x, layout), [channels - cut, cut] if cut else [channels]
 
 
-def draw_static(rng: random.Random, groups: list[int], device=DEVICE):
+def draw_static(rng: random.Random, groups: list[int]):
     bits = rng.choice((8, 8, 4))
-    scale = torch.tensor([rng.uniform(0.5, 2) * 4 / 2**bits for _ in groups], device=device)
-    zero = torch.tensor([float(rng.randint(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) for _ in groups], device=device)
+    scale = torch.tensor([rng.uniform(0.5, 2) * 4 / 2**bits for _ in groups], device=DEVICE)
+    zero = torch.tensor([float(rng.randint(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) for _ in groups], device=DEVICE)
     return scale, zero, bits
 
 

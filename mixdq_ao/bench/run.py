@@ -289,6 +289,7 @@ class _Bench:
                 try:
                     self.advance(f"{variant.name}, batch {batch}, waiting for its turn on this device", 0)
                     with self.turns.alone():
+                        self.advance(f"{variant.name}, batch {batch}", 0)
                         found[batch] |= self._row(variant, model, run, batch, prepared, base)
                 except Exception as error:
                     found[batch] = {"error": _reason(error)}
