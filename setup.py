@@ -160,11 +160,8 @@ class Toolchain:
         }
         units = dict(sorted(units.items(), key=lambda unit: "matmul" not in unit[0].read_text()))
         torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", "-isystem", str(self.torch / "include")]
-        units |= {
-            CSRC / "torch_ops.cpp": [*common, *torch_flags],
-            CSRC / "catalogue.cpp": common,
-            CSRC / "functions.cpp": common,
-        }
+        units |= {source: [*common, *torch_flags] for source in sorted((CSRC / "ops").glob("*.cpp"))}
+        units |= {CSRC / "catalogue.cpp": common, CSRC / "functions.cpp": common}
         commands = {}
         for source, flags in units.items():
             out = BUILD / source.relative_to(CSRC).with_suffix(".o")

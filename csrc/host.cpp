@@ -1,4 +1,4 @@
-// mixdq_ao._C: what Python can ask of the kernels without a GPU. Tensors go through torch_ops.cpp, not through here.
+// mixdq_ao._C: what Python can ask of the kernels without a GPU. Tensors go through ops/, not through here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -42,7 +42,7 @@ MISTAKES = [
     ),
     Mistake(
         "spread codes are not fenced for the tensor cores",
-        MATMUL,
+        "sm90/spread.cuh",
         r"cutlass::arch::fence_view_async_shared\(\);",
         "",
         "random_problems and sm90_64x160_packed",
@@ -77,7 +77,7 @@ MISTAKES = [
     ),
     Mistake(
         "a warp overtakes another in the staging rows",
-        MATMUL,
+        "sm90/epilogue.cuh",
         r"(staged<Piece, C>\(staging, row, c\);\n      \}\);\n)      __syncwarp\(\);\n",
         r"\1",
         "random_problems and sm90_64x160",
@@ -134,17 +134,17 @@ MISTAKES = [
     ),
     Mistake(
         "weights are read before the kernel ahead has unpacked them",
-        "torch_ops.cpp",
+        "ops/multiply.cpp",
         r"on.dependent && !fresh_weights",
         "on.dependent",
         "random_problems and sm90_128x160 and not packed",
     ),
     Mistake(
         "the next kernel may start before this one has waited",
-        "norm.cu",
+        "layer_norm.cu",
         r"wait_for_previous\(\);\n  let_next_start\(\);",
         "let_next_start();\n  wait_for_previous();",
-        "norm_quantize",
+        "layer_norm_quantize",
     ),
     Mistake(
         "a code is rounded twice",

@@ -1,0 +1,15 @@
+// From a problem to the launch of the kernel that is chosen for it.
+#pragma once
+#include "ops/call.h"
+#include "problem.h"
+
+namespace mixdq {
+
+// Launches what computes p.out: for each group of input channels a kernel, and before it what that kernel needs, such as
+// unpacked weights. Nothing is launched where the output is empty.
+void multiply(Call& call, const Matmul& p, const Ints& groups);
+
+// The rest of a convolution whose input and window are known.
+Tensor convolve(Call& call, Matmul& p, const Ints& groups, Float type, const OptionalTensor& residual);
+
+}  // namespace mixdq

@@ -1,0 +1,93 @@
+// The thread that loads tiles of both operands by TMA.
+#pragma once
+#include "cute/arch/copy_sm90_tma.hpp"
+#include "sm90/pipeline.cuh"
+
+namespace mixdq::sm90 {
+
+struct Reduction {
+  int begin, count;
+};
+
+// A step of it: a block of the channels of one tap. Counted on: one thread loads for all and has no time to divide.
+struct Step {
+  int block, tap, r, s;
+  __device__ Step(const Params& p, int k)
+      : block(k % p.channel_blocks), tap(k / p.channel_blocks), r(tap / p.kernel_s), s(tap % p.kernel_s) {}
+  __device__ __forceinline__ void next(const Params& p) {
+    if (++block < p.channel_blocks) return;
+    block = 0, ++tap;
+    if (++s == p.kernel_s) s = 0, ++r;
+  }
+};
+
+// The pixel of the input where the window of a tile's first output begins.
+struct Origin {
+  int image = 0, y = 0, x = 0;
+  __device__ Origin(const Params& p, int m0) {
+    if (p.rows) return;
+    image = m0 / p.out_hw;
+    int pixel = m0 - image * p.out_hw;
+    y = pixel / p.out_w * p.stride_h, x = pixel % p.out_w * p.stride_w;
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm, int stage, const Tile& t,
+                                            const Step& step) {
+  constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  const void* map = &p.weight_maps[t.weight];
+  if constexpr (C::packed) {
+    FullBarrier::arrive_and_expect_tx(sm.packed_full(stage), C::kTileN * p.packed_tile);
+    cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage), step.block * p.packed_tile,
+                                 step.tap, t.n0);
+    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
+  } else {
+    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes + C::kWeightBytes);
+    cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), step.block * kRowBytes, step.tap, t.n0);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm, int stage, int m0, const Origin& from,
+                                           const Step& step) {
+  if (p.rows) {
+    constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.full(stage), kKeep, sm.input(stage), step.block * kRowBytes, m0);
+    return;
+  }
+  auto dy = uint16_t(step.r * p.dilation_h), dx = uint16_t(step.s * p.dilation_w);
+  cute::SM90_TMA_LOAD_IM2COL_4D::copy(&p.input, sm.full(stage), sm.input(stage), step.block * kRowBytes, from.x, from.y,
+                                      from.image, dx, dy);
+}
+
+// One thread.
+template <class C>
+__device__ void produce(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, Reduction r) {
+  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.input));
+  Tile t = locate<C>(p, first);
+  const int ahead = min(C::kStages, r.count);
+  const Step begin(p, r.begin);
+  Step early = begin;
+  for (int i = 0; i < ahead; ++i, early.next(p)) load_weight(p, sm, i, t, early);
+  wait_for_previous();
+  let_next_start();  // its weights may come while this one multiplies
+  Turn<C> turn;
+  bool warm = true;
+  for (int index = first; index < tiles; index += stride) {
+    t = locate<C>(p, index);
+    const Origin from(p, t.m0);
+    Step step = begin;
+    for (int i = 0; i < r.count; ++i, turn.step(), step.next(p)) {
+      warm = warm && i < ahead;
+      if (!warm) {
+        EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
+        load_weight(p, sm, turn.stage, t, step);
+      }
+      load_input(p, sm, turn.stage, t.m0, from, step);
+    }
+    warm = false;
+  }
+}
+
+}  // namespace mixdq::sm90

@@ -1,0 +1,64 @@
+// The warpgroups that multiply: sums of a tile, in registers.
+#pragma once
+#include "sm90/pipeline.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace mixdq::sm90 {
+
+template <class C>
+using Sums = typename C::Math::Sum[C::kBlocksM][C::kTileN / 2];
+
+template <class C>
+__device__ __forceinline__ void fence_sums(Sums<C>& sums) {
+#pragma unroll
+  for (int i = 0; i < C::kBlocksM; ++i) {
+#pragma unroll
+    for (int j = 0; j < C::kTileN / 2; ++j) cute::warpgroup_fence_operand(sums[i][j]);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void release(const Shared<C>& sm, int stage) {
+  if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(sm.empty(stage));
+}
+
+__device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarrier::sync(kGroup, 1 + group); }
+
+// Ping-pong: a group begins to multiply when the other one has seen the last stage of its own tile. A stage's barrier
+// tells only whether its uses so far are even or odd, so nobody may wait for a use while the one before is outstanding.
+__device__ __forceinline__ void await_turn(int group) { cutlass::arch::NamedBarrier::sync(2 * kGroup, 3 + group); }
+__device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 3 + group); }
+
+// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one.
+template <class C>
+__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
+                                         int next = -1) {
+  int before = 0;
+  for (int k = 0; k < count; ++k) {
+    FullBarrier::wait(sm.full(turn.stage), turn.phase);
+    uint64_t a = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.input(turn.stage) + row0 * kRowBytes));
+    uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)));
+    fence_sums<C>(sums);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int s = 0; s < kRowBytes / kStepBytes; ++s) {
+#pragma unroll
+      for (int i = 0; i < C::kBlocksM; ++i) {
+        wgmma<typename C::Math, C::kTileN>(a + i * 512 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
+                                           k > 0 || s > 0);
+      }
+    }
+    cute::warpgroup_commit_batch();
+    fence_sums<C>(sums);
+    cute::warpgroup_wait<1>();
+    if (k > 0) release(sm, before);
+    before = turn.stage;
+    turn.step();
+  }
+  if (next >= 0) pass_turn(next);
+  cute::warpgroup_wait<0>();
+  fence_sums<C>(sums);
+  release(sm, before);
+}
+
+}  // namespace mixdq::sm90

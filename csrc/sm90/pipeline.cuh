@@ -1,0 +1,136 @@
+// What the parts of a kernel share: its configuration and parameters, the tiles, and the stages that data passes through.
+#pragma once
+#include "cute/arch/util.hpp"
+#include "cutlass/arch/barrier.h"
+#include "cutlass/cutlass.h"
+#include "device.cuh"
+#include "sm90/tensor_map.h"
+#include "sm90/wgmma.cuh"
+
+namespace mixdq::sm90 {
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+constexpr int kStepBytes = 32;  // of a row, that one instruction multiplies
+constexpr int kRaster = 16;     // tile rows that are walked together, so that their inputs stay in the L2 cache
+constexpr int kGroup = 128;     // threads of a warpgroup
+
+enum class Turns { single, ping_pong, cooperative };
+
+template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8>
+struct Config {
+  using Math = Math_;
+  static constexpr int kTileM = TileM, kTileN = TileN;
+  static constexpr Turns turns = turns_;
+  static constexpr bool packed = Packed;
+  static constexpr int kMathGroups = turns == Turns::single ? 1 : 2;
+  static constexpr int kThreads = kGroup * (kMathGroups + 1);
+  static constexpr int kBlocksPerSm = turns == Turns::single ? 2 : 1;
+  // Rows of one math group, in blocks of the 64 that an instruction takes.
+  static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : TileM) / 64;
+
+  static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
+  static constexpr int kInputBytes = TileM * kRowBytes;
+  static constexpr int kWeightBytes = TileN * kRowBytes;
+  static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
+  static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
+
+  // Epilogue of the persistent kernels: each warp stages 16 rows of that many columns, padded against bank conflicts.
+  static constexpr int kChunk = TileN <= 80 ? TileN : TileN / 2;
+  static constexpr int kStagingRow = kChunk * 2 + 16;
+  static constexpr int kStagingBytes = turns == Turns::single ? 0 : kMathGroups * 4 * 16 * kStagingRow;
+  // Epilogue of the single kernels: the sums take the place of the stages.
+  static constexpr int kSumsRow = TileN + 8;
+
+  static constexpr int kVectorBytes = kMathGroups * TileN * 12;
+  static constexpr int kBudget = turns == Turns::single ? 113 * 1024 : 227 * 1024;
+  static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
+  static constexpr int kFit = (kBudget - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
+  static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
+  static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
+};
+
+struct Params {
+  CUtensorMap input;
+  CUtensorMap weight_maps[kMaxWeights];
+  Weight weights[kMaxWeights];
+  int tile_end[kMaxWeights];  // tiles along n up to and with that weight
+  int column[kMaxWeights];    // of the output, where that weight begins
+  int tiles_m, tiles_n, splits;
+  int m;
+  int k_tiles, channel_blocks;
+  int packed_tile;                          // bytes of a channel block as it is stored
+  int shift;                                // of sums of packed weights
+  float unscale;                            // the same as a factor, for floating sums
+  bool rows;
+  int out_w, out_hw, kernel_s, stride_h, stride_w, dilation_h, dilation_w;
+  const float* row_scale;
+  const float* row_zero_point;
+  int64_t row_stride;
+  const void* residual;
+  Float residual_type;
+  int64_t residual_stride;
+  int residual_rows;
+  bool residual_aligned;
+  void* out;
+  Float out_type;
+  int64_t out_stride;
+  bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
+};
+
+struct Tile {
+  int m0, weight, n0;
+};
+
+template <class C>
+__device__ __forceinline__ Tile locate(const Params& p, int index) {
+  int band = kRaster * p.tiles_n;
+  int first = index / band * kRaster;
+  int high = min(p.tiles_m - first, kRaster);
+  int within = index % band;
+  int tile_n = within / high, weight = 0, begin = 0;
+  while (tile_n >= p.tile_end[weight]) begin = p.tile_end[weight++];
+  return {(first + within % high) * C::kTileM, weight, (tile_n - begin) * C::kTileN};
+}
+
+// Where the pipeline stands: the stage, and which of its uses.
+template <class C>
+struct Turn {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void next(int count = 1) {
+    stage += count;
+    phase ^= (stage / C::kStages) & 1;
+    stage %= C::kStages;
+  }
+  __device__ __forceinline__ void step() {
+    if (++stage == C::kStages) stage = 0, phase ^= 1;
+  }
+};
+
+template <class C>
+struct Shared {
+  uint8_t* base;
+  __device__ explicit Shared(uint8_t* raw) : base(raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023)) {}
+  __device__ uint8_t* input(int stage) const { return base + stage * C::kInputBytes; }
+  __device__ uint8_t* weight(int stage) const { return base + C::kStages * C::kInputBytes + stage * C::kWeightBytes; }
+  __device__ uint8_t* packed(int stage) const {
+    return base + C::kStages * (C::kInputBytes + C::kWeightBytes) + stage * C::kPackedBytes;
+  }
+  __device__ uint8_t* staging(int warp) const {
+    return base + C::kStages * C::kStageBytes + warp * 16 * C::kStagingRow;
+  }
+  __device__ float* vectors(int group) const {
+    return reinterpret_cast<float*>(base + C::kStages * C::kStageBytes + C::kStagingBytes) + group * 3 * C::kTileN;
+  }
+  __device__ uint64_t* full(int stage) const {
+    return reinterpret_cast<uint64_t*>(base + C::kStages * C::kStageBytes + C::kStagingBytes + C::kVectorBytes) + stage;
+  }
+  __device__ uint64_t* empty(int stage) const { return full(C::kStages + stage); }
+  __device__ uint64_t* packed_full(int stage) const { return full(2 * C::kStages + stage); }
+  __device__ auto* sums() const { return reinterpret_cast<typename C::Math::Sum*>(base); }
+};
+
+}  // namespace mixdq::sm90
