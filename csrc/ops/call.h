@@ -1,5 +1,5 @@
-// One call of an operator: what it is told of its tensors, and the memory that it needs. Only the files of this folder
-// include torch, and of it only the stable ABI, so that one binary serves every torch from the target version on.
+// One call of an operator: what it is told of its tensors, and the memory that it needs. This is the one file that
+// includes torch, and of it only the stable ABI, so that one binary serves every torch from the target version on.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
