@@ -16,9 +16,10 @@ from mixdq_ao.bits import ACT_BITS, WEIGHT_BITS, width
 from mixdq_ao.checkpoint import LayerParams, QuantParams, check_format, model_hash
 from mixdq_ao.errors import MixDQError, name_list
 from mixdq_ao.files import TensorFile, parse_json, write_tensors
+from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.progress import track
 from mixdq_ao.ranges import METHODS, InputRange, scale_and_zero_point
-from mixdq_ao.tensor import BOS_TOLERANCE, MixDQTensor
+from mixdq_ao.tensor import MixDQTensor
 from mixdq_ao.watching import watching
 
 WEIGHT_METHODS = ("minmax", "mse")

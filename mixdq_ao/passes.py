@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixdq_ao import attention, ops, tensor
+from mixdq_ao import attention, layers, ops, tensor
 from mixdq_ao.siblings import MAX_MERGED
 from mixdq_ao.tensor import MixDQTensor
 
@@ -86,7 +86,7 @@ def group_norm_quantize(x: Tensor, w: MixDQTensor, num_groups: int, weight, bias
 def linear(xq: Tensor, w: MixDQTensor, bias, dtype, text=None, residual=None) -> Tensor:
     """``text`` is the floating input of a layer with a BOS output."""
     y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, dtype, residual)
-    return y if text is None else tensor.with_bos_row(y, text, w.bos_input, w.bos_output)
+    return y if text is None else layers.with_bos_row(y, text, w.bos_input, w.bos_output)
 
 
 def linear_multi(xq: Tensor, ws: list[MixDQTensor], biases: list, dtype, text=None) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ def linear_multi(xq: Tensor, ws: list[MixDQTensor], biases: list, dtype, text=No
         dtype,
     )
     if text is not None:
-        y = tensor.with_bos_row(y, text, ws[0].bos_input, torch.cat([w.bos_output for w in ws]))
+        y = layers.with_bos_row(y, text, ws[0].bos_input, torch.cat([w.bos_output for w in ws]))
     return y.split([w.qdata.shape[0] for w in ws], dim=-1)
 
 
@@ -161,7 +161,7 @@ class FuseQuantizers(CustomGraphPass):
         graph.lint()
 
     def uuid(self) -> bytes:
-        files = __file__, tensor.__file__, ops.__file__, attention.__file__
+        files = __file__, tensor.__file__, layers.__file__, ops.__file__, attention.__file__
         return get_hash_for_files(files, extra=repr((self.passes, self.backend)))
 
 
@@ -250,7 +250,7 @@ def _layer(node: fx.Node):
     stride, padding, dilation, groups = options
     if value.dim() != 4 or groups != 1:
         return None
-    stride, dilation, pad = tensor.conv_geometry(weight.shape[2:], stride, padding, dilation)
+    stride, dilation, pad = layers.conv_geometry(weight.shape[2:], stride, padding, dilation)
     return x, w, pad, conv2d, (w, bias, value.dtype, stride, dilation)
 
 

@@ -16,8 +16,8 @@ from mixdq_ao import families, ops
 from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS, act_width, width
 from mixdq_ao.checkpoint import LayerParams, QuantParams
 from mixdq_ao.errors import MixDQError, PlanError, name_list
+from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.plan import BitPlan
-from mixdq_ao.tensor import BOS_TOLERANCE
 from mixdq_ao.watching import LayerWeight
 
 Mix = Mapping[str, tuple[int, int]]  # layer -> bits of weight and activations; 16 = floating

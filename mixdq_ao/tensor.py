@@ -10,17 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from mixdq_ao import ops
+from mixdq_ao import layers, ops
 from mixdq_ao.bits import act_width, width
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.packing import pack, packed_channels, unpack
 
 # A sum of this many products of two int8 codes, minus the zero point's share, fits int32.
 MAX_REDUCTION = 2**16
-
-# How near the first token must be to bos_input, relative to the largest |bos_input|: text encoders in fp16 and bf16
-# round differently from run to run, while another token or a zeroed prompt is far away.
-BOS_TOLERANCE = 2**-6
 
 _DERIVED = ("alpha", "beta", "weight_sum")
 
@@ -412,101 +408,15 @@ def _derive(qdata, scale, bits, act_bits, input_groups, act_scale, act_zero_poin
     weight_sum = torch.stack([p.sum(dims, dtype=torch.int32) for p in parts])
     if act_scale is None:
         return {"weight_sum": weight_sum}
-    alpha, beta = static_alpha_beta(scale, act_scale, act_zero_point, weight_sum)
+    alpha, beta = layers.static_alpha_beta(scale, act_scale, act_zero_point, weight_sum)
     return {"alpha": alpha, "beta": beta}
 
 
-def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, weight_sum: Tensor):
-    """``alpha [groups, out]`` and ``beta [out]`` of the epilogue, see :class:`MixDQTensor`."""
-    alpha = act_scale.unsqueeze(1) * scale
-    # In float64, since alpha * zero_point * weight_sum nearly cancels against the accumulator.
-    beta = -(alpha.double() * act_zero_point.unsqueeze(1).double() * weight_sum.double()).sum(0)
-    return alpha, beta.float()
+# --- op table ---------------------------------------------------------------------------------------------------------
 
-
-# --- linear and conv2d ------------------------------------------------------------------------------------------------
-
-
-def _linear(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
-    bias = _checked_operands(x, w, bias, 2, "F.linear")
-    if x.shape[-1] != sum(w.input_groups):
-        raise MixDQError(f"F.linear: the input's last dimension must be {w.shape[1]}; found shape {list(x.shape)}")
-    if w.act_bits is None:
-        y = torch.ops.mixdq_ao.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
-    elif w.act_scale is None:
-        y = _linear_dynamic(x, w, bias)
-    elif torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
-        y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
-    else:
-        y = torch.ops.mixdq_ao.quantized_linear(
-            x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups
-        )
-    return y if w.bos_output is None else with_bos_row(y, x, w.bos_input, w.bos_output)
-
-
-def _linear_dynamic(x: Tensor, w: MixDQTensor, bias: Tensor | None) -> Tensor:
-    per_token = (
-        ops.quantize_per_token_traced if torch.compiler.is_compiling() else torch.ops.mixdq_ao.quantize_per_token
-    )
-    xq, x_scale, x_zero_point = per_token(x, w.act_bits, w.input_groups)
-    return torch.ops.mixdq_ao.linear_int8_dynamic(
-        xq, x_scale, x_zero_point, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype
-    )
-
-
-def with_bos_row(y: Tensor, x: Tensor, bos_input: Tensor | None, bos_output: Tensor) -> Tensor:
-    """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``. A 2-D input is one sample."""
-    if x.dim() < 2 or x.shape[-2] == 0:
-        return y
-    first = bos_output.to(y.dtype).expand_as(y[..., 0, :])
-    if bos_input is not None:
-        bos = bos_input.float()
-        distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
-        first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
-    y[..., 0, :] = first
-    return y
-
-
-def _conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    bias = _checked_operands(x, w, bias, 4, "F.conv2d")
-    if groups != 1:
-        raise UnsupportedError(f"F.conv2d: grouped convolutions cannot be quantized; found groups={groups}")
-    if x.dim() == 3:
-        return _conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation).squeeze(0)
-    channels, kernel = sum(w.input_groups), w.qdata.shape[2:]
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise MixDQError(f"F.conv2d: the input must be [batch, {channels}, height, width]; found shape {list(x.shape)}")
-    stride, dilation, pad = conv_geometry(kernel, stride, padding, dilation)
-    height, width = x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1]
-    if height <= dilation[0] * (kernel[0] - 1) or width <= dilation[1] * (kernel[1] - 1):
-        raise MixDQError(
-            f"F.conv2d: the kernel {list(kernel)} with dilation {list(dilation)} does not fit into the padded input "
-            f"{[height, width]}"
-        )
-    if w.act_bits is None:
-        return torch.ops.mixdq_ao.conv2d_weight_only(
-            x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups
-        )
-    if w.act_scale is None:
-        act_scale, act_zero_point, alpha, beta = _dynamic_conv_range(x, w)
-    else:
-        act_scale, act_zero_point, alpha, beta = w.act_scale, w.act_zero_point, w.alpha, w.beta
-    if torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
-        return torch.ops.mixdq_ao.conv2d_int8(
-            xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype
-        )
-    return torch.ops.mixdq_ao.quantized_conv2d(
-        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
-        w.input_groups,
-    )  # fmt: skip
-
-
-def _dynamic_conv_range(x: Tensor, w: MixDQTensor):
-    ranges = [ops.dynamic_range(p, w.act_bits, per_token=False) for p in x.split(w.input_groups, dim=1)]
-    act_scale, act_zero_point = (torch.cat(values) for values in zip(*ranges, strict=True))
-    return act_scale, act_zero_point, *static_alpha_beta(w.scale, act_scale, act_zero_point, w.weight_sum)
+aten = torch.ops.aten
+implements = MixDQTensor.implements
+implements_torch_function = MixDQTensor.implements_torch_function
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -524,67 +434,12 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _run(layer, x, w, bias, *args) -> Tensor:
+    if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
+        raise UnsupportedError(f"F.{layer.__name__}: only the weight may be a quantized tensor")
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_grad and not torch.compiler.is_compiling():
         return _InferenceOnly.apply(layer, x, w, bias, *args)
     return layer(x, w, bias, *args)
-
-
-def _checked_operands(x, w, bias: Tensor | None, dim: int, op: str) -> Tensor | None:
-    """The bias, or None where there is none. Asks ``w.qdata`` what it can: properties of a subclass are slow."""
-    if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
-        raise UnsupportedError(f"{op}: only the weight may be a quantized tensor")
-    qdata = w.qdata
-    if qdata.dim() != dim:
-        raise MixDQError(f"{op}: the quantized weight has shape {list(w.shape)}, which is not {dim}-dimensional")
-    if not x.is_floating_point():
-        raise MixDQError(f"{op}: the input must be floating; found {x.dtype}")
-    if x.device != qdata.device:
-        raise MixDQError(f"{op}: input on {x.device}, quantized weight on {qdata.device}; move one of them with .to()")
-    if bias is None or bias.numel() == 0:
-        return None
-    if bias.numel() != qdata.shape[0]:
-        raise MixDQError(f"{op}: the bias must have {qdata.shape[0]} values; found shape {list(bias.shape)}")
-    return bias
-
-
-def conv_geometry(kernel, stride, padding, dilation) -> tuple:
-    """What ``F.conv2d`` takes, in one form: stride and dilation as pairs, padding as left, right, top, bottom."""
-    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    return stride, dilation, _pad(padding, kernel, stride, dilation)
-
-
-def _pair(value, name: str, least: int) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if len(values) not in (1, 2):
-        raise MixDQError(f"F.conv2d: {name} must be a number or a pair; found {value!r}")
-    if min(values) < least:
-        raise MixDQError(f"F.conv2d: {name} must be at least {least}; found {value!r}")
-    return values[0], values[-1]
-
-
-def _pad(padding, kernel, stride, dilation) -> tuple[int, int, int, int]:
-    """Padding as left, right, top, bottom."""
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        if stride != (1, 1):
-            raise MixDQError(f"F.conv2d: padding='same' needs stride 1; found {stride}")
-        (top, bottom), (left, right) = [
-            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)
-        ]
-        return left, right, top, bottom
-    if isinstance(padding, str):
-        raise MixDQError(f"F.conv2d: padding must be 'same', 'valid', a number or a pair; found {padding!r}")
-    vertical, horizontal = _pair(padding, "padding", 0)
-    return horizontal, horizontal, vertical, vertical
-
-
-# --- op table ---------------------------------------------------------------------------------------------------------
-
-aten = torch.ops.aten
-implements = MixDQTensor.implements
-implements_torch_function = MixDQTensor.implements_torch_function
 
 
 @implements_torch_function([F.linear])
@@ -593,7 +448,7 @@ def _(func, types, args, kwargs):
     def bind(input, weight, bias=None):
         return input, weight, bias
 
-    return _run(_linear, *bind(*args, **kwargs))
+    return _run(layers.linear, *bind(*args, **kwargs))
 
 
 @implements_torch_function([F.conv2d])
@@ -602,7 +457,7 @@ def _(func, types, args, kwargs):
     def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return input, weight, bias, stride, padding, dilation, groups
 
-    return _run(_conv2d, *bind(*args, **kwargs))
+    return _run(layers.conv2d, *bind(*args, **kwargs))
 
 
 @implements([aten.convolution.default])
@@ -610,7 +465,7 @@ def _(func, types, args, kwargs):
     x, w, bias, stride, padding, dilation, transposed, _, groups = args
     if transposed:
         raise UnsupportedError("transposed convolutions cannot be quantized")
-    return _run(_conv2d, x, w, bias, stride, padding, dilation, groups)
+    return _run(layers.conv2d, x, w, bias, stride, padding, dilation, groups)
 
 
 @implements([aten.t.default])

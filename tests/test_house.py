@@ -22,6 +22,7 @@ errors progress _quiet _version
 bits
 packing
 ops
+layers
 attention tensor
 files
 plan

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from mixdq_ao import MixDQError
 from mixdq_ao import ops as mixdq_ops
-from mixdq_ao.tensor import static_alpha_beta
+from mixdq_ao.layers import static_alpha_beta
 
 ops = torch.ops.mixdq_ao
 

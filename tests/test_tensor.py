@@ -20,7 +20,8 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor, get_model_size_in_bytes
 
 from mixdq_ao.errors import MixDQError, PlanError, UnsupportedError
-from mixdq_ao.tensor import BOS_TOLERANCE, MAX_REDUCTION, MixDQTensor
+from mixdq_ao.layers import BOS_TOLERANCE
+from mixdq_ao.tensor import MAX_REDUCTION, MixDQTensor
 
 aten = torch.ops.aten
 

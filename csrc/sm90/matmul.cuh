@@ -14,6 +14,7 @@
 #pragma once
 #include "cute/arch/cluster_sm90.hpp"
 #include "cutlass/arch/reg_reconfig.h"
+#include "cutlass/cutlass.h"
 #include "sm90/epilogue.cuh"
 #include "sm90/kernels.h"
 #include "sm90/load.cuh"

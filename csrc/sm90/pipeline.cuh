@@ -2,7 +2,6 @@
 #pragma once
 #include "cute/arch/util.hpp"
 #include "cutlass/arch/barrier.h"
-#include "cutlass/cutlass.h"
 #include "device.cuh"
 #include "sm90/tensor_map.h"
 #include "sm90/wgmma.cuh"

@@ -1,13 +1,8 @@
 #pragma once
 #include "copies.h"
-
-namespace emulator {
-uint32_t shared_address(const void* data);
-}
+#include "cute/arch/util.hpp"
 
 namespace cute {
-
-inline uint32_t cast_smem_ptr_to_uint(const void* data) { return emulator::shared_address(data); }
 
 namespace TMA {
 enum class CacheHintSm90 : uint64_t { EVICT_NORMAL };
