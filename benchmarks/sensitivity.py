@@ -26,8 +26,9 @@ import torch  # noqa: E402
 
 from mixdq_ao import families  # noqa: E402
 from mixdq_ao.bench.models import SDXL_CONFIG  # noqa: E402
+from mixdq_ao.bits import KINDS  # noqa: E402
 from mixdq_ao.files import write_text  # noqa: E402
-from mixdq_ao.sensitivity import KINDS, PROBES, sensitivity  # noqa: E402
+from mixdq_ao.sensitivity import PROBES, sensitivity  # noqa: E402
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),

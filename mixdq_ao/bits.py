@@ -37,6 +37,8 @@ WIDTHS = {w.bits: w for w in (Width(8, 1), Width(4, 2), Width(2, 4))}
 WEIGHT_BITS = tuple(WIDTHS)
 ACT_BITS = (8, 4)  # activations of either width are stored in int8
 FLOAT_BITS = 16  # in a plan: leave the layer floating
+# What of a layer is quantized, and to which widths, the lowest first.
+KINDS = {"weight": tuple(sorted(WEIGHT_BITS)), "act": tuple(sorted(ACT_BITS))}
 
 
 def width(bits: int, what: str = "weight") -> Width:

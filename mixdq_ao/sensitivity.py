@@ -5,9 +5,7 @@ Two ways to the same tables:
 - :func:`sensitivity` quantizes each layer in turn, runs the model, and compares: SQNR of the UNet output for all
   layers, SSIM of the pictures for content layers (for all, if asked).
 - With ``cheap=True`` a forward and backward of some prompts predicts the SQNR of all layers at once, to first order.
-  A layer's rounding error d, at its output, reaches the UNet output as J d, J the Jacobian of what follows. For a
-  probe v of independent standard normal values, ``E (v . J d)^2 = |J d|^2``, and ``v . J d`` is the product of d with
-  the gradient of ``v . output`` at the layer's output, which backward passes by anyway.
+  See ``probing``.
 
 Under ``accelerate launch`` the layers, or the prompts, are spread over the processes, which share ``out``.
 """
@@ -17,45 +15,39 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
 from mixdq_ao import families
-from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS
+from mixdq_ao.bits import FLOAT_BITS, KINDS
 from mixdq_ao.calibrate import checked_prompts, digest, generators
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
 from mixdq_ao.evaluate import fingerprint, ssim_of_each
 from mixdq_ao.files import parse_json, read_text, write_text
+from mixdq_ao.notebook import Notebook
+from mixdq_ao.probing import Call, probe_call
 from mixdq_ao.progress import track
 from mixdq_ao.simulate import (
-    act_quantizer,
-    input_groups,
-    is_bos,
-    rounded_weight,
     simulated,
-    weight_scale,
 )
 from mixdq_ao.tables import Scores, Sizes, read_scores, read_sizes, write_scores, write_sizes
 from mixdq_ao.tensor import MixDQTensor
-from mixdq_ao.watching import LayerWeight, watching
+from mixdq_ao.watching import watching
 
-KINDS = {"weight": tuple(sorted(WEIGHT_BITS)), "act": tuple(sorted(ACT_BITS))}
 SQNR, SSIM = "sqnr", "ssim"
 METRICS = ("decoupled", "both")
 MAX_DB = 200.0  # stands for "no difference", which is infinite; double rounding is far above
 PROBES = 4
 # Content layers whose pictures tie the cheap mode's SSIM to its SQNR.
 ANCHORS = 4
-REPORT, ROWS = "sensitivity.json", "rows-{}.jsonl"
+REPORT = "sensitivity.json"
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ def sensitivity(
     }
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **pipe_kwargs}
     run = _Run(pipe, params, prompts, call, batch_size, seed, metrics == "both")
-    rows = _Rows(Path(out), settings, processes)
+    rows = Notebook(Path(out), settings, processes.rank)
     processes.wait()  # all must see the same work as done before the first adds to it
     if cheap:
         _predict(run, rows, processes, kinds, names, probes, progress)
@@ -220,27 +212,6 @@ class _Processes:
         self._state.wait_for_everyone()
 
 
-@dataclass
-class _Call:
-    """One call of the UNet: its arguments, and its output, detached."""
-
-    args: tuple
-    kwargs: dict
-    output: Tensor
-
-    @property
-    def batch(self) -> int:
-        return self.output.shape[0]
-
-    def on_batch(self, change) -> tuple[tuple, dict]:
-        """The arguments with ``change`` made to every tensor that has the batch as its first dimension."""
-
-        def each(t: Tensor) -> Tensor:
-            return change(t) if t.dim() and t.shape[0] == self.batch else t
-
-        return tree_map_only(Tensor, each, (self.args, self.kwargs))
-
-
 class _Run:
     """The pipeline with its prompts, and what the floating model does with them."""
 
@@ -251,16 +222,16 @@ class _Run:
         self.layers = families.layers_of(pipe.unet)
         pipe.set_progress_bar_config(disable=True)
         self._numbers: Sequence[int] = ()
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.pictures: Tensor | None = None
 
-    def draw(self, numbers: Sequence[int], batch_size: int, pictures: bool = True) -> tuple[Tensor | None, list[_Call]]:
+    def draw(self, numbers: Sequence[int], batch_size: int, pictures: bool = True) -> tuple[Tensor | None, list[Call]]:
         """Pictures ``[n, 3, h, w]`` in 0..1 (None where they are not wanted) and the UNet calls behind them."""
         calls, parts = [], []
 
         def keep(module, args, kwargs, output):
             first = output[0] if isinstance(output, tuple) else output.sample
-            calls.append(_Call(args, kwargs, first.detach()))
+            calls.append(Call(args, kwargs, first.detach()))
 
         hook = self.pipe.unet.register_forward_hook(keep, with_kwargs=True)
         try:
@@ -286,7 +257,7 @@ class _Run:
             raise MixDQError("the floating UNet's output is not finite; run it in float32 or bfloat16")
 
     @torch.no_grad()
-    def replay(self, call: _Call, change=lambda t: t) -> Tensor:
+    def replay(self, call: Call, change=lambda t: t) -> Tensor:
         args, kwargs = call.on_batch(change)
         return self.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
 
@@ -356,67 +327,6 @@ def _decibels(signal: float, noise: float) -> float:
     return MAX_DB if noise <= 0 else max(-MAX_DB, min(MAX_DB, 10 * math.log10(signal / noise)))
 
 
-# --- the notebook of what is done -------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """What is done, line by line of JSON, one file for each process; the first line holds the settings.
-
-    A line is written at once and flushed to the disk, so that stopping at any point loses what is under way and no
-    more. A last line that was cut off is dropped.
-    """
-
-    def __init__(self, folder: Path, settings: dict, processes: _Processes):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._settings = folder, settings
-        self._path = folder / ROWS.format(processes.rank)
-        self._mend()
-        # What others did in an earlier run counts; what they do now does not concern this one.
-        self.done = set(self.read())
-
-    def _mend(self) -> None:
-        """Drop a cut-off last line of this process's file; begin it with the settings where it is new."""
-        data = self._path.read_bytes() if self._path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self._path, len(whole))
-        if not whole:
-            self._append({"settings": self._settings})
-
-    def _append(self, line: dict) -> None:
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, (json.dumps(line, allow_nan=False) + "\n").encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-    def add(self, what: str, key, value: dict) -> None:
-        self._append({"what": what, "key": key, **value})
-
-    def read(self) -> dict[tuple, dict]:
-        """``(what, key)`` to the values, of all processes. Raises ``MixDQError`` for another measurement's files."""
-        found = {}
-        for path in sorted(self._folder.glob(ROWS.format("*"))):
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            values = [parse_json(path, f"line {i}", line) for i, line in enumerate(lines, 1)]
-            if not values:
-                continue  # a process that is about to write its first line
-            theirs = values[0].get("settings", {})
-            different = [key for key in {*theirs, *self._settings} if theirs.get(key) != self._settings.get(key)]
-            if different:
-                raise MixDQError(
-                    f"{path}: this is a measurement with other {', '.join(sorted(different))}. Give the same arguments "
-                    "to go on with it, or another folder"
-                )
-            for row in values[1:]:
-                key = (row["what"], row["key"])
-                if row["what"] == "seconds":
-                    row["seconds"] += found.get(key, {"seconds": 0.0})["seconds"]
-                found[key] = row
-        return found
-
-
 def _digest_of(params: QuantParams | None) -> str | None:
     if params is None:
         return None
@@ -436,7 +346,7 @@ def _pair(kind: str, bits: int) -> tuple[int, int]:
     return (bits, FLOAT_BITS) if kind == "weight" else (FLOAT_BITS, bits)
 
 
-def _measure(run: _Run, rows: _Rows, processes: _Processes, kinds, names, progress) -> None:
+def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, progress) -> None:
     todo = [(kind, name) for kind in kinds for name in names]
     mine = [(kind, name) for kind, name in todo if (kind, name) not in rows.done]
     mine = processes.share(mine)
@@ -454,7 +364,7 @@ def _measure(run: _Run, rows: _Rows, processes: _Processes, kinds, names, progre
         rows.add(kind, name, {**values, "took": time.perf_counter() - start})
 
 
-def _note_model(run: _Run, rows: _Rows) -> None:
+def _note_model(run: _Run, rows: Notebook) -> None:
     if ("floor", "") not in rows.done:
         rows.add("floor", "", {"floor": run.noise_floor(), "input_sizes": run.input_sizes()})
 
@@ -485,104 +395,7 @@ def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
 # --- the prediction ---------------------------------------------------------------------------------------------------
 
 
-class _ProbedWeight(LayerWeight):
-    """A weight whose layer's output hands its gradient, with the layer's input, to ``self.probe``."""
-
-    def run(self, func, x, *rest):
-        y = super().run(func, x, *rest)
-        if not y.requires_grad:
-            y.requires_grad_()  # no other layer is before this one: what enters the UNet has no gradient
-        y.register_hook(partial(self.probe, func, x.detach(), rest[1:]))
-        return y
-
-
-class _Probe:
-    """Products of a layer's rounding errors with the gradients of each probe, summed over the layer's calls.
-
-    ``shape`` of the batch: probes, how often the pipeline repeats the prompts (twice with guidance), prompts.
-    """
-
-    def __init__(self, name: str, module: nn.Module, run: _Run, points, kinds: Sequence[str], shape: tuple):
-        self._weight, self._shape = module.weight.detach(), shape
-        groups = input_groups(name, module, run.params, points)
-        p = None if run.params is None else run.params.layers[name]
-        self._bos = p if p is not None and p.bos_output is not None else None
-        self._scales = {b: weight_scale(name, b, run.params) for b in KINDS["weight"] if "weight" in kinds}
-        self._groups = groups
-        self._acts = {b: act_quantizer(name, module, b, run.params, groups) for b in KINDS["act"] if "act" in kinds}
-        self.products: dict[tuple[str, int], Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, func, x: Tensor, rest, gradient: Tensor) -> None:
-        # Probes repeat the batch: the first of them has the inputs of all.
-        x = x.unflatten(0, self._shape)[0].flatten(0, 1)
-        gradient = gradient.unflatten(0, self._shape).float()
-        for bits, scale in self._scales.items():
-            change = rounded_weight(self._weight, bits, scale, self._groups).sub_(self._weight)
-            self._add("weight", bits, func(x, change, None, *rest), gradient)
-        for bits, act in self._acts.items():
-            change = act(x).sub_(x)
-            if self._bos is not None:
-                change[:, 0].masked_fill_(is_bos(x, self._bos.bos_input), 0.0)
-            self._add("act", bits, func(change, self._weight, None, *rest), gradient)
-
-    def _add(self, kind: str, bits: int, error: Tensor, gradient: Tensor) -> None:
-        error = error.unflatten(0, self._shape[1:]).float()
-        product = (gradient * error).flatten(3).sum((1, 3)).double()
-        before = self.products.get((kind, bits))
-        self.products[kind, bits] = product if before is None else before + product
-
-    def noise(self, kind: str) -> Tensor:
-        """Estimated energy that reaches the UNet output, at each width, summed over the prompts."""
-        return torch.stack([self.products[kind, bits].square().mean(0).sum() for bits in KINDS[kind]])
-
-
-@contextmanager
-def _probing(model: nn.Module, probes: dict[str, _Probe]) -> Iterator[None]:
-    """While the block runs, backward passes every layer's gradient to its probe, and stops at the parameters."""
-    layers = families.layers_of(model)
-    originals = {name: layers[name].weight for name in probes}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in flags:
-            p.requires_grad_(False)
-        for name, probe in probes.items():
-            weight = nn.Parameter(originals[name].detach().as_subclass(_ProbedWeight), requires_grad=False)
-            weight.probe = probe
-            layers[name].weight = weight
-        yield
-    finally:
-        for name, weight in originals.items():
-            layers[name].weight = weight
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-
-
-def probe_call(run: _Run, call: _Call, kinds, names, probes: int, generators: Sequence[torch.Generator]) -> dict:
-    """Energies that one UNet call's output has, and that each layer's rounding adds to it, to first order.
-
-    ``generators``: one for each prompt, so that its directions do not depend on the prompts beside it.
-    """
-    points, prompts = families.split_points(run.pipe.unet), len(generators)
-    shape = probes, call.batch // prompts, prompts
-    made = {name: _Probe(name, run.layers[name], run, points, kinds, shape) for name in names}
-    args, kwargs = call.on_batch(lambda t: t.repeat(probes, *(1,) * (t.dim() - 1)))
-    with _probing(run.pipe.unet, made), torch.enable_grad():
-        output = run.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
-        directions = [torch.randn((probes * shape[1], *output.shape[1:]), generator=g) for g in generators]
-        output.backward(torch.stack(directions, 1).flatten(0, 1).to(output))
-    if idle := [name for name, probe in made.items() if not probe.products]:
-        raise MixDQError(f"{len(idle)} layers do not reach the UNet's output: {name_list(idle)}")
-    noise = {}
-    for kind in kinds:
-        values = torch.stack([made[name].noise(kind) for name in names]).tolist()  # one wait for all layers
-        noise[kind] = dict(zip(names, values, strict=True))
-        if wrong := [name for name, v in noise[kind].items() if not all(map(math.isfinite, v))]:
-            raise MixDQError(f"{wrong[0]}: the gradient is not finite; run the UNet in float32 or bfloat16")
-    return {"signal": float(call.output.double().square().sum()), "noise": noise}
-
-
-def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes: int, progress) -> None:
+def _predict(run: _Run, rows: Notebook, processes: _Processes, kinds, names, probes: int, progress) -> None:
     every, at_once = range(len(run.prompts)), max(1, run.batch_size // probes)
     batches = [every[first : first + at_once] for first in every[::at_once] if ("prompts", first) not in rows.done]
     mine = processes.share(batches)
@@ -592,7 +405,9 @@ def _predict(run: _Run, rows: _Rows, processes: _Processes, kinds, names, probes
         found = []
         for i, call in enumerate(calls):
             seeds = [number * len(calls) + i for number in numbers]
-            found.append(probe_call(run, call, kinds, names, probes, generators(run.seed + 1, seeds)))
+            found.append(
+                probe_call(run.pipe.unet, run.params, call, kinds, names, probes, generators(run.seed + 1, seeds))
+            )
         noise = {
             kind: {name: [sum(v) for v in zip(*(f["noise"][kind][name] for f in found), strict=True)] for name in names}
             for kind in kinds

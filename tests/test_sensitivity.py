@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from mixdq_ao import calibrate, cli, families, tables
 from mixdq_ao import sensitivity as module
 from mixdq_ao.allocate import problem, sweep
+from mixdq_ao.bits import KINDS
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError
 from mixdq_ao.evaluate import sqnr
-from mixdq_ao.sensitivity import KINDS, MAX_DB, Sensitivity, rank_correlation, sensitivity
+from mixdq_ao.sensitivity import MAX_DB, Sensitivity, rank_correlation, sensitivity
 from mixdq_ao.simulate import simulated
 from mixdq_ao.tensor import MixDQTensor
 
@@ -173,7 +174,7 @@ def test_the_prediction_leaves_no_trace(calibrated, tmp_path):
 @pytest.mark.parametrize("cheap", [False, True])
 def test_a_stopped_run_goes_on(calibrated, tmp_path, monkeypatch, cheap):
     whole = run(calibrated, tmp_path / "whole", cheap=cheap)
-    add, added = module._Rows.add, []
+    add, added = module.Notebook.add, []
 
     def stop_after_two(self, what, key, value):
         if len(added) == 2:
@@ -182,7 +183,7 @@ def test_a_stopped_run_goes_on(calibrated, tmp_path, monkeypatch, cheap):
         add(self, what, key, value)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Rows, "add", stop_after_two)
+        patch.setattr(module.Notebook, "add", stop_after_two)
         run(calibrated, tmp_path / "stopped", cheap=cheap)
     assert not (tmp_path / "stopped/sensitivity.json").exists()
     with open(tmp_path / "stopped/rows-0.jsonl", "a") as file:
