@@ -7,18 +7,33 @@ into the graph are the functions of the next section: AOTAutograd traces through
 """
 
 import operator
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixdq_ao import attention, layers, ops, tensor
+from mixdq_ao import attention, layers, nodes, ops, tensor
+from mixdq_ao.nodes import (
+    argument,
+    call_method,
+    calls,
+    dtype_of,
+    has_one_user,
+    input_of,
+    is_input,
+    is_method,
+    is_one_pixel,
+    known,
+    replace_by_call,
+    replace_node,
+    same_form,
+    value_of,
+    writes,
+)
 from mixdq_ao.siblings import MAX_MERGED
 from mixdq_ao.tensor import MixDQTensor
 
@@ -148,7 +163,7 @@ class FuseQuantizers(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         self.hits = Counter()
-        in_place = sum(map(_writes, graph.nodes))
+        in_place = sum(map(writes, graph.nodes))
         if in_place:
             self.hits["in_place"] = in_place
         if self.backend is not None:
@@ -161,18 +176,18 @@ class FuseQuantizers(CustomGraphPass):
         graph.lint()
 
     def uuid(self) -> bytes:
-        files = __file__, tensor.__file__, layers.__file__, ops.__file__, attention.__file__
-        return get_hash_for_files(files, extra=repr((self.passes, self.backend)))
+        others = [module.__file__ for module in (nodes, tensor, layers, ops, attention)]
+        return get_hash_for_files((__file__, *others), extra=repr((self.passes, self.backend)))
 
 
 def choose_attention(graph: fx.Graph, backend: str) -> int:
     """Attention that our operator can compute, which ``auto`` leaves alone where there is nothing to choose from."""
     hits = 0
-    for node in _calls(graph, F.scaled_dot_product_attention):
+    for node in calls(graph, F.scaled_dot_product_attention):
         arguments = _plain_attention(*node.args, **node.kwargs)
-        if arguments is not None and (backend != attention.AUTO or _value(arguments[0]).is_cuda):
+        if arguments is not None and (backend != attention.AUTO or value_of(arguments[0]).is_cuda):
             hits += 1
-            _rewrite(graph, node, attend, (*arguments, backend))
+            replace_by_call(graph, node, attend, (*arguments, backend))
     return hits
 
 
@@ -180,12 +195,12 @@ def _plain_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
     """Queries, keys, values and scale; None if there is a mask or dropout, a gradient is wanted, or sizes are odd."""
     if attn_mask is not None or dropout_p != 0 or is_causal or enable_gqa or isinstance(scale, fx.Node):
         return None
-    values = [_value(node) for node in (query, key, value)]
+    values = [value_of(node) for node in (query, key, value)]
     if not all(isinstance(t, Tensor) and t.dim() == 4 and not t.requires_grad for t in values):
         return None
     q, k, v = values
-    fits = all(t.dtype == q.dtype and _known(t.shape[i] == q.shape[i] for i in (0, 1, 3)) for t in (k, v))
-    return (query, key, value, scale) if fits and _known([q.shape[3] % 8 == 0]) else None
+    fits = all(t.dtype == q.dtype and known(t.shape[i] == q.shape[i] for i in (0, 1, 3)) for t in (k, v))
+    return (query, key, value, scale) if fits and known([q.shape[3] % 8 == 0]) else None
 
 
 def no_ops(graph: fx.Graph, passes: Passes) -> int:
@@ -193,7 +208,7 @@ def no_ops(graph: fx.Graph, passes: Passes) -> int:
     for node in graph.nodes:
         same = _does_nothing(node)
         if same is None and node.target is F.silu:
-            same = silus.setdefault(_input(node), node)
+            same = silus.setdefault(input_of(node), node)
         if same is not None and same is not node:
             hits += 1
             node.replace_all_uses_with(same)
@@ -203,15 +218,15 @@ def no_ops(graph: fx.Graph, passes: Passes) -> int:
 
 def _does_nothing(node: fx.Node) -> fx.Node | None:
     """The input of a node that returns it as it is."""
-    x = _input(node)
+    x = input_of(node)
     if not isinstance(x, fx.Node):
         return None
     if node.target is F.dropout:
-        nothing = _has(node, "p", 1, 0.5) == 0 or not _has(node, "training", 2, True)
+        nothing = argument(node, "p", 1, 0.5) == 0 or not argument(node, "training", 2, True)
     elif node.target is operator.truediv:
-        nothing = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and _dtype(x) == _dtype(node)
+        nothing = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and dtype_of(x) == dtype_of(node)
     elif (node.op, node.target) == ("call_method", "to"):
-        a, b = _value(x), _value(node)
+        a, b = value_of(x), value_of(node)
         plain = not {"copy", "memory_format"} & node.kwargs.keys() and len(node.args) == 2 - bool(node.kwargs)
         nothing = plain and b is not None and (a.dtype, a.device) == (b.dtype, b.device)
     else:
@@ -230,7 +245,7 @@ def split_layers(graph: fx.Graph, passes: Passes) -> int:
             with graph.inserting_before(node):
                 xq = graph.call_function(quantize_traced, (x, w, pad))
                 y = graph.call_function(product, (xq, *args))
-            _replace(node, y)
+            replace_node(node, y)
     return hits
 
 
@@ -240,7 +255,7 @@ def _layer(node: fx.Node):
         return None
     is_linear = node.target is F.linear
     x, w, bias, *options = (_bind_linear if is_linear else _bind_conv)(*node.args, **node.kwargs)
-    weight, value = _value(w), _value(x)
+    weight, value = value_of(w), value_of(x)
     if not isinstance(weight, MixDQTensor) or weight.activation != "static" or isinstance(value, MixDQTensor):
         return None
     if weight.dim() != (2 if is_linear else 4) or value.shape[-1 if is_linear else 1] != weight.shape[1]:
@@ -264,41 +279,41 @@ def _bind_conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups
 
 def share(graph: fx.Graph, passes: Passes) -> int:
     hits, first = 0, {}
-    for node in _calls(graph, quantize_traced):
+    for node in calls(graph, quantize_traced):
         x, w, pad = node.args
-        weight = _value(w)
+        weight = value_of(w)
         if weight.act_group is not None:
             key = x, pad, weight.act_group, weight.act_bits, tuple(weight.input_groups)
             if first.setdefault(key, node) is not node:
                 hits += 1
-                _replace(node, first[key])
+                replace_node(node, first[key])
     return hits
 
 
 def merge(graph: fx.Graph, passes: Passes) -> int:
     """Linears of one quantized input. Weights are inputs of the graph, so the product can stand at the first linear."""
     groups = defaultdict(list)
-    for node in _calls(graph, linear):
+    for node in calls(graph, linear):
         xq, w, bias, dtype, text = node.args
-        if _is_input(w) and (bias is None or _is_input(bias)):
-            groups[xq, _value(w).bits, bias is None, dtype, text].append(node)
+        if is_input(w) and (bias is None or is_input(bias)):
+            groups[xq, value_of(w).bits, bias is None, dtype, text].append(node)
     hits = 0
-    for (xq, _, _, dtype, text), nodes in groups.items():
-        for start in range(0, len(nodes), passes.max_merged):
-            siblings = nodes[start : start + passes.max_merged]
+    for (xq, _, _, dtype, text), products in groups.items():
+        for start in range(0, len(products), passes.max_merged):
+            siblings = products[start : start + passes.max_merged]
             if len(siblings) > 1:
                 hits += 1
                 _merge(graph, xq, siblings, dtype, text)
     return hits
 
 
-def _merge(graph: fx.Graph, xq: fx.Node, nodes: list[fx.Node], dtype, text) -> None:
-    with graph.inserting_before(nodes[0]):
-        ws, biases = [n.args[1] for n in nodes], [n.args[2] for n in nodes]
+def _merge(graph: fx.Graph, xq: fx.Node, products: list[fx.Node], dtype, text) -> None:
+    with graph.inserting_before(products[0]):
+        ws, biases = [n.args[1] for n in products], [n.args[2] for n in products]
         outputs = graph.call_function(linear_multi, (xq, ws, biases, dtype, text))
-        parts = [graph.call_function(operator.getitem, (outputs, i)) for i in range(len(nodes))]
-    for node, part in zip(nodes, parts, strict=True):
-        _replace(node, part)
+        parts = [graph.call_function(operator.getitem, (outputs, i)) for i in range(len(products))]
+    for node, part in zip(products, parts, strict=True):
+        replace_node(node, part)
 
 
 def residual(graph: fx.Graph, passes: Passes) -> int:
@@ -316,37 +331,37 @@ def residual(graph: fx.Graph, passes: Passes) -> int:
 
 def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) -> bool:
     """``node`` is ``y + other``; let the layer that computes ``y`` add, if nothing else reads it."""
-    of_image = y.target is conv2d and _is_one_pixel(other, node) and _same_form(y, node)  # a time embedding
-    if not (of_image or _same_form(y, other, node)):
+    of_image = y.target is conv2d and is_one_pixel(other, node) and same_form(y, node)  # a time embedding
+    if not (of_image or same_form(y, other, node)):
         return False
     product, pixels = y, None
-    if _is_method(y, "contiguous") and _single(y) and _is_method(y.args[0], "permute", (0, 3, 1, 2)):
+    if is_method(y, "contiguous") and has_one_user(y) and is_method(y.args[0], "permute", (0, 3, 1, 2)):
         # The end of a transformer: its tokens become pixels again.
         pixels = y.args[0].args[0]
-        if not (_is_method(pixels, "reshape") and _single(pixels) and _single(y.args[0])):
+        if not (is_method(pixels, "reshape") and has_one_user(pixels) and has_one_user(y.args[0])):
             return False
         product = pixels.args[0]
         if (
-            _value(pixels).dim() != 4
-            or _value(product).dim() != 3
-            or _value(product).shape[-1:] != _value(pixels).shape[-1:]
+            value_of(pixels).dim() != 4
+            or value_of(product).dim() != 3
+            or value_of(product).shape[-1:] != value_of(pixels).shape[-1:]
         ):
             return False
-    if product.target not in (linear, conv2d) or not _single(product) or "residual" in product.kwargs:
+    if product.target not in (linear, conv2d) or not has_one_user(product) or "residual" in product.kwargs:
         return False
     if product.target is linear and product.args[4] is not None:  # a row is replaced after the product
         return False
     with graph.inserting_before(node):
         if pixels is not None:
             # Left as channels-last instead of contiguous, which is the layout that our operators like.
-            other = _call_method(graph, "permute", other, 0, 2, 3, 1)
-            other = _call_method(graph, "flatten", other, 1, 2)
+            other = call_method(graph, "permute", other, 0, 2, 3, 1)
+            other = call_method(graph, "flatten", other, 1, 2)
         fused = graph.call_function(product.target, product.args, {"residual": other})
         fused.meta = dict(product.meta)
         if pixels is not None:
-            fused = _call_method(graph, "reshape", fused, *pixels.args[1:])
-            fused = _call_method(graph, "permute", fused, 0, 3, 1, 2)
-    _replace(node, fused)
+            fused = call_method(graph, "reshape", fused, *pixels.args[1:])
+            fused = call_method(graph, "permute", fused, 0, 3, 1, 2)
+    replace_node(node, fused)
     for dead in [y] if pixels is None else [y, y.args[0], pixels, product]:
         graph.erase_node(dead)
     return True
@@ -354,14 +369,14 @@ def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) ->
 
 def layer_norm(graph: fx.Graph, passes: Passes) -> int:
     hits = 0
-    for node in _calls(graph, quantize_traced):
+    for node in calls(graph, quantize_traced):
         norm = node.args[0]
         if norm.target is not F.layer_norm or not _only_quantized(norm):
             continue
         x, shape, weight, bias, eps = _bind_layer_norm(*norm.args, **norm.kwargs)
         if len(shape) == 1:
             hits += 1
-            _rewrite(graph, node, layer_norm_quantize, (x, node.args[1], weight, bias, eps))
+            replace_by_call(graph, node, layer_norm_quantize, (x, node.args[1], weight, bias, eps))
     return hits
 
 
@@ -371,11 +386,11 @@ def _bind_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 def geglu(graph: fx.Graph, passes: Passes) -> int:
     hits = 0
-    for node in _calls(graph, quantize_traced):
+    for node in calls(graph, quantize_traced):
         x = _geglu_input(node.args[0])
         if x is not None and _only_quantized(node.args[0]):
             hits += 1
-            _rewrite(graph, node, geglu_quantize, (x, node.args[1]))
+            replace_by_call(graph, node, geglu_quantize, (x, node.args[1]))
     return hits
 
 
@@ -384,48 +399,48 @@ def _geglu_input(product: fx.Node) -> fx.Node | None:
     if product.target is not operator.mul or not all(isinstance(a, fx.Node) for a in product.args):
         return None
     for value, gelu in (product.args, product.args[::-1]):
-        gate = _input(gelu) if gelu.target is F.gelu and _has(gelu, "approximate", 1, "none") == "none" else None
+        gate = input_of(gelu) if gelu.target is F.gelu and argument(gelu, "approximate", 1, "none") == "none" else None
         halves = [half.args for half in (value, gate) if half is not None and half.target is operator.getitem]
         if len(halves) == 2 and halves[0][0] is halves[1][0] and [half[1] for half in halves] == [0, 1]:
             chunk = halves[0][0]
-            x = _input(chunk)
-            last = _has(chunk, "dim", 2, 0) in (-1, len(_value(x).shape) - 1)
-            if chunk.target in ("chunk", torch.chunk) and _has(chunk, "chunks", 1) == 2 and last:
+            x = input_of(chunk)
+            last = argument(chunk, "dim", 2, 0) in (-1, len(value_of(x).shape) - 1)
+            if chunk.target in ("chunk", torch.chunk) and argument(chunk, "chunks", 1) == 2 and last:
                 return x
     return None
 
 
 def group_norm(graph: fx.Graph, passes: Passes) -> int:
     hits = 0
-    for node in _calls(graph, quantize_traced):
+    for node in calls(graph, quantize_traced):
         x, w, pad = node.args
         tokens = x if pad is None else None
         if tokens is not None:
             # Pixels as tokens: quantized before they are reordered, which is free for channels-last codes.
-            pixels = x.args[0] if _is_method(x, "reshape") and _only_quantized(x) else None
-            if pixels is None or not _is_method(pixels, "permute", (0, 2, 3, 1)) or not _single(pixels):
+            pixels = x.args[0] if is_method(x, "reshape") and _only_quantized(x) else None
+            if pixels is None or not is_method(pixels, "permute", (0, 2, 3, 1)) or not has_one_user(pixels):
                 continue
-            x, keeps_channels = pixels.args[0], _value(tokens).shape[-1] == _value(pixels).shape[-1]
-            if not keeps_channels or not _single(x):
+            x, keeps_channels = pixels.args[0], value_of(tokens).shape[-1] == value_of(pixels).shape[-1]
+            if not keeps_channels or not has_one_user(x):
                 continue
         elif not _only_quantized(x):
             continue
-        silu = x.target is F.silu and _single(_input(x))
-        norm = _input(x) if silu else x
-        if norm.target is not F.group_norm or len(_value(norm).shape) != 4:
+        silu = x.target is F.silu and has_one_user(input_of(x))
+        norm = input_of(x) if silu else x
+        if norm.target is not F.group_norm or len(value_of(norm).shape) != 4:
             continue
         hits += 1
         image, num_groups, weight, bias, eps = _bind_group_norm(*norm.args, **norm.kwargs)
         args = (image, w, num_groups, weight, bias, eps, silu, pad)
         if tokens is None:
-            _rewrite(graph, node, group_norm_quantize, args)
+            replace_by_call(graph, node, group_norm_quantize, args)
             continue
         with graph.inserting_before(node):
             xq = graph.call_function(group_norm_quantize, args)
-            xq.meta["example_value"] = torch.empty_like(_value(norm), dtype=torch.int8)
-            xq = _call_method(graph, "permute", xq, 0, 2, 3, 1)
-            xq = _call_method(graph, "reshape", xq, *tokens.args[1:])
-        _replace(node, xq)
+            xq.meta["example_value"] = torch.empty_like(value_of(norm), dtype=torch.int8)
+            xq = call_method(graph, "permute", xq, 0, 2, 3, 1)
+            xq = call_method(graph, "reshape", xq, *tokens.args[1:])
+        replace_node(node, xq)
     return hits
 
 
@@ -436,13 +451,13 @@ def _bind_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 def opaque(graph: fx.Graph, passes: Passes) -> int:
     """Where the input comes out of an operator that Inductor cannot fuse, a kernel of its own is needed anyway."""
     hits = 0
-    for node in _calls(graph, quantize_traced):
+    for node in calls(graph, quantize_traced):
         source = node.args[0]
         while source.op == "call_method" and source.target in _VIEWS or source.target is operator.getitem:
             source = source.args[0]
         if source.op == "placeholder" or source.target in (*FUNCTIONS, F.scaled_dot_product_attention):
             hits += 1
-            _rewrite(graph, node, quantize, node.args)
+            replace_by_call(graph, node, quantize, node.args)
     return hits
 
 
@@ -461,105 +476,5 @@ REWRITES: dict[str, Callable[[fx.Graph, Passes], int]] = {
 }
 
 
-# --- reading and changing nodes ---------------------------------------------------------------------------------------
-
-
-def _calls(graph: fx.Graph, function: Callable) -> Iterator[fx.Node]:
-    return iter([node for node in graph.nodes if node.op == "call_function" and node.target is function])
-
-
-def _value(node) -> Tensor | None:
-    """The fake tensor that Dynamo computed for a node."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def _dtype(node: fx.Node):
-    return getattr(_value(node), "dtype", None)
-
-
-def _has(node: fx.Node, name: str, position: int, default=None):
-    """An argument of a call, wherever it stands."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _input(node: fx.Node):
-    return node.args[0] if node.args else node.kwargs.get("input")
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node changes a tensor that it is given."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == operator.add.__module__:
-        return name in _WRITING_OPERATORS
-    inplace = node.kwargs.get("inplace") or node.target is F.silu and _has(node, "inplace", 1)
-    return bool(inplace or "out" in node.kwargs or name == "__setitem__" or re.fullmatch(r"(?!__).*[^_]_", name))
-
-
-_WRITING_OPERATORS = {"setitem", "delitem"} | {
-    f"i{name}" for name in "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
-}
-
-
-def _is_input(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
-
-
-def _is_method(node: fx.Node, name: str, args: tuple | None = None) -> bool:
-    """A method call, with those arguments whether given one by one or as one sequence."""
-    if node.op != "call_method" or node.target != name:
-        return False
-    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return args is None or tuple(given) == args
-
-
-def _call_method(graph: fx.Graph, name: str, x: fx.Node, *args) -> fx.Node:
-    """A new call, with its value: before torch 2.12 a method of a node without one keeps a graph out of the cache."""
-    node = graph.call_method(name, (x, *args))
-    node.meta["example_value"] = getattr(_value(x), name)(*fx.node.map_arg(args, _value))
-    return node
-
-
-def _single(node: fx.Node) -> bool:
-    return len(node.users) == 1
-
-
 def _only_quantized(node: fx.Node) -> bool:
     return all(user.target is quantize_traced for user in node.users)
-
-
-def _same_form(*nodes: fx.Node) -> bool:
-    first, *others = [_value(node) for node in nodes]
-    return all(
-        isinstance(v, Tensor)
-        and v.dtype == first.dtype
-        and len(v.shape) == len(first.shape)
-        and _known(a == b for a, b in zip(v.shape, first.shape, strict=True))
-        for v in others
-    )
-
-
-def _is_one_pixel(node: fx.Node, image: fx.Node) -> bool:
-    """Whether a node holds one pixel for each image of another."""
-    a, b = _value(node), _value(image)
-    if not isinstance(a, Tensor) or a.dim() != 4 or a.dtype != b.dtype:
-        return False
-    return _known(n == m for n, m in zip(a.shape, (*b.shape[:2], 1, 1), strict=True))
-
-
-def _known(conditions: Iterable) -> bool:
-    """Whether all conditions on sizes, which may be symbols, hold whatever the sizes are."""
-    return all(map(statically_known_true, conditions))
-
-
-def _replace(node: fx.Node, new: fx.Node) -> None:
-    new.meta = {**node.meta, **new.meta}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-
-
-def _rewrite(graph: fx.Graph, node: fx.Node, function: Callable, args: tuple) -> None:
-    with graph.inserting_before(node):
-        new = graph.call_function(function, args)
-    _replace(node, new)

@@ -29,6 +29,7 @@ plan
 checkpoint
 legacy families
 siblings
+nodes
 passes
 config
 model_file
