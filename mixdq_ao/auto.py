@@ -27,6 +27,7 @@ from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate, fingerprin
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.model_file import save
 from mixdq_ao.plan import BitPlan
+from mixdq_ao.program import Group, solve
 from mixdq_ao.report import Point, write_report
 from mixdq_ao.rounding import round_from_data_
 from mixdq_ao.sensitivity import Sensitivity, sensitivity
@@ -276,7 +277,7 @@ class _Run:
             n: {b: sqnr[n][b] for b in by_bits} for g in problem.groups for n, by_bits in g.scores.items()
         }
         sizes: Sizes = problem.sizes
-        bits = allocation.solve(allocation.Group("all layers", scores, sizes), self.settings.budget)
+        bits = solve(Group("all layers", scores, sizes), self.settings.budget)
         return BitPlan(bits, source="SQNR alone")
 
     def _save_model(self, path: Path, params: QuantParams, plan: BitPlan) -> None:

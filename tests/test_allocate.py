@@ -15,7 +15,6 @@ from mixdq_ao import cli, families, tables
 from mixdq_ao.allocate import (
     CONTENT,
     QUALITY,
-    Group,
     allocate,
     by_group,
     front,
@@ -25,11 +24,11 @@ from mixdq_ao.allocate import (
     mean_bits_of_bytes,
     plot_front,
     problem,
-    solve,
     sweep,
 )
 from mixdq_ao.errors import CheckpointError, MixDQError, PlanError
 from mixdq_ao.plan import BitPlan, cut_prefix
+from mixdq_ao.program import Group, solve
 
 pytest.importorskip("scipy", reason="allocation needs SciPy")
 
