@@ -1,7 +1,7 @@
 """Find the fastest kernel for every layer of SDXL, and write the table that the library selects by.
 
     python benchmarks/tune.py                              on the GPU that the table is for; then build the library
-    python benchmarks/tune.py --table t.inc --out t.json   write elsewhere
+    python benchmarks/tune.py --table t.inc --out t.json   write elsewhere; MIXDQ_TUNING_TABLE=t.inc uses it unbuilt
 
 Rows of other architectures, and of shapes that were not measured this time, stay in the table.
 """

@@ -1,7 +1,10 @@
 #include "catalogue.h"
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <stdexcept>
 #include <string_view>
 
@@ -119,6 +122,29 @@ Choice by_environment(const char* wanted, const Matmul& p, int arch) {
   return why_not(kernel, p, arch).empty() ? Choice{i, allowed_splits(kernel, splits), false} : Choice{};
 }
 
+// A table in the form of tuning_table.inc.
+std::vector<Tuned> read_table(const char* path) {
+  std::ifstream file(path);
+  if (!file) throw std::runtime_error(std::string("MIXDQ_TUNING_TABLE: ") + path + " cannot be read");
+  std::vector<Tuned> rows;
+  std::string line;
+  for (int number = 1; std::getline(file, line); ++number) {
+    if (line.empty() || line.rfind("//", 0) == 0) continue;
+    Tuned row = {};
+    char kernel[32] = "";
+    int found = std::sscanf(line.c_str(), "{%d, %" SCNd64 ", %d, %d, %d, %d, \"%31[^\"]\", %d},", &row.arch, &row.m,
+                            &row.n, &row.k, &row.taps, &row.bits, kernel, &row.splits);
+    row.kernel = kernel;
+    if (found != 8 || row.m < 1 || find_kernel(row.kernel) < 0) {
+      throw std::runtime_error(std::string("MIXDQ_TUNING_TABLE: ") + path + ", line " + std::to_string(number) + ": '" +
+                               line + "' is no row {arch, m, n, k, taps, bits, \"kernel\", splits}, with a kernel " +
+                               "that this build has. Write the table with benchmarks/tune.py");
+    }
+    rows.push_back(row);
+  }
+  return rows;
+}
+
 }  // namespace
 
 const std::vector<Kernel>& catalogue() {
@@ -181,9 +207,16 @@ std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
 }
 
 const std::vector<Tuned>& tuning_table() {
-  static const std::vector<Tuned> table = {
+  static const std::vector<Tuned> table = [] {
+    const char* path = std::getenv("MIXDQ_TUNING_TABLE");
+    std::vector<Tuned> rows = path && *path ? read_table(path) : std::vector<Tuned>();
+    for (const Tuned& row : std::vector<Tuned>{
 #include "tuning_table.inc"
-  };
+         }) {
+      rows.push_back(row);
+    }
+    return rows;
+  }();
   return table;
 }
 

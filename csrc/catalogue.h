@@ -28,9 +28,11 @@ struct Tuned {
   int splits;
 };
 
+// The rows of the file that MIXDQ_TUNING_TABLE in the environment names, then those of the build.
 const std::vector<Tuned>& tuning_table();
 
-// The row of the problem's n, k, taps and bits whose m is nearest, up to half as many again; null where there is none.
+// The row of the problem's n, k, taps and bits whose m is nearest, up to half as many again; the first of several, and
+// null where there is none.
 const Tuned* nearest(const std::vector<Tuned>& table, const Matmul& problem, int arch);
 
 }  // namespace mixdq

@@ -75,7 +75,10 @@ def _build() -> Finding:
         return Finding("kernels built", "none", ok=not torch.cuda.is_available())
     facts = native.facts()
     archs = ", ".join(f"sm_{arch.replace('+', ' and ')}" for arch in facts["archs"].split(";"))
-    counts = f"{len(native.kernels())} kernels, {len(native.tuning_table())} measured sizes"
+    try:
+        counts = f"{len(native.kernels())} kernels, {len(native.tuning_table())} measured sizes"
+    except RuntimeError as error:
+        return Finding("kernels built", str(error), ok=False)
     return Finding("kernels built", f"for {archs}; CUTLASS {facts['cutlass']}, nvcc {facts['nvcc']}; {counts}")
 
 
@@ -133,7 +136,7 @@ def layer_kernels(m: int, n: int, k: int, taps: int = 1, bits: int = 8, arch: in
     try:
         choice = native.select(**size, arch=arch, sm_count=sm_count)
         reasons = {kernel.name: native.why_not(kernel.name, **size, arch=arch) for kernel in native.kernels()}
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # of the size, or of MIXDQ_KERNEL and MIXDQ_TUNING_TABLE
         raise MixDQError(str(error)) from None
     problem = f"m {m}, n {n}, k {k}" + (f" in {taps} taps" if taps > 1 else "") + f", {bits}-bit weight"
     return LayerKernels(problem, arch, choice.kernel, choice.splits, choice.tuned, reasons)

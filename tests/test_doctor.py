@@ -57,6 +57,25 @@ direct: runs, by rule""",
         doctor.layer_kernels(1, 1, 10, taps=3)
 
 
+@pytest.mark.skipif(doctor._catalogue() is None, reason="mixdq_ao._C was not built")
+def test_wrong_settings_of_the_kernels_are_named(monkeypatch):
+    monkeypatch.setenv("MIXDQ_KERNEL", "fastest")
+    with pytest.raises(MixDQError, match="MIXDQ_KERNEL names no kernel: 'fastest'"):
+        doctor.layer_kernels(4096, 640, 640)
+
+    class WithoutItsTable:
+        facts, kernels = doctor._catalogue().facts, doctor._catalogue().kernels
+
+        @staticmethod
+        def tuning_table():
+            raise RuntimeError("MIXDQ_TUNING_TABLE: t.inc cannot be read")
+
+    monkeypatch.setattr(doctor, "_catalogue", lambda: WithoutItsTable)
+    assert by_name()["kernels built"] == doctor.Finding(
+        "kernels built", "MIXDQ_TUNING_TABLE: t.inc cannot be read", ok=False
+    )
+
+
 def test_a_layer_without_the_catalogue(monkeypatch):
     monkeypatch.setattr(doctor, "_catalogue", lambda: None)
     with pytest.raises(MixDQError, match="Install with CUDA kernels"):

@@ -1,5 +1,6 @@
 """What was compiled of csrc, where it was: the kernels' library and the catalogue of kernels. No GPU is needed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import mixdq_ao
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import tune  # noqa: E402
 from sdxl_shapes import layers, merged  # noqa: E402
 
 try:
@@ -131,6 +133,36 @@ def test_the_environment_forces_a_kernel_that_can(monkeypatch):
     monkeypatch.setenv("MIXDQ_KERNEL", "fastest")
     with pytest.raises(RuntimeError, match="MIXDQ_KERNEL names no kernel: 'fastest'. The kernels are "):
         native.select(4096, 640, 640)
+
+
+def in_a_new_process(code: str, **settings: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"from mixdq_ao import _C as native\n{code}"]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+
+
+@catalogued
+def test_a_table_may_be_given_without_building_it_in(tmp_path):
+    table = tmp_path / "table.inc"
+    # On every GPU of the table, and one that the rule would not choose.
+    rows = {(90, (4096, 640, 640, 1, 8)): ("sm80_64x16", 1), (80, (4096, 640, 640, 1, 8)): ("direct", 1)}
+    tune.write_table(table, rows)
+    code = "print([native.select(4200, 640, 640, arch=a) for a in (90, 80, 86)], len(native.tuning_table()))"
+    done = in_a_new_process(code, MIXDQ_TUNING_TABLE=str(table))
+    others = native.select(4200, 640, 640, arch=86), len(native.tuning_table()) + 2
+    assert done.stdout == "[{}, {}, {}] {}\n".format("sm80_64x16:1 (tuned)", "direct:1 (tuned)", *others), done.stderr
+
+
+@catalogued
+@pytest.mark.parametrize(
+    "line", ['{90, 4096, 640, 640, 1, 8, "sm90_1x1", 1},', '{90, 4096, 640, 640, 1, 8, "direct"},', "m, n, k", "{90, "]
+)
+def test_a_table_that_is_none_is_a_clear_error(tmp_path, line):
+    table = tmp_path / "table.inc"
+    table.write_text(f'// a comment\n\n{{90, 1, 16, 16, 1, 8, "direct", 1}},\n{line}\n')
+    done = in_a_new_process("native.select(1, 16, 16)", MIXDQ_TUNING_TABLE=str(table))
+    assert f"MIXDQ_TUNING_TABLE: {table}, line 4: '{line}' is no row" in done.stderr
+    done = in_a_new_process("native.tuning_table()", MIXDQ_TUNING_TABLE=str(tmp_path / "absent"))
+    assert "absent cannot be read" in done.stderr
 
 
 @catalogued
