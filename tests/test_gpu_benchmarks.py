@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -10,12 +11,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
+from typer.main import get_command
+
+from mixdq_ao import cli
+from mixdq_ao.bench.variants import parse_variants
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import attention
 import gpu
 import kernels
+import run_all
 import sdxl_shapes
 import sensitivity
 import tune
@@ -237,3 +244,78 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
         "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "conv2d_int8", "quantize", "quantize_per_token",
         "layer_norm_quantize", "geglu_quantize", "group_norm_quantize",
     }  # fmt: skip
+
+
+# --- all of them in one command ---------------------------------------------------------------------------------------
+
+
+def python_step(name: str, *programs: str, seconds: float = 30, together: bool = False) -> run_all.Step:
+    return run_all.Step(name, "", seconds, [[sys.executable, "-c", program] for program in programs], together)
+
+
+def run_steps(out: Path, *steps: run_all.Step, seconds: float = 60) -> dict[str, run_all.Ended]:
+    ended = run_all.run_all(steps, out, seconds, {"gpu": "none"}, Console(quiet=True))
+    assert json.loads((out / "steps.json").read_text())["gpu"] == "none"
+    return {e.name: e for e in ended}
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
+    hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    began = time.monotonic()
+    ended = run_steps(
+        tmp_path,
+        python_step("fails", "print('why'); raise SystemExit(3)"),
+        python_step("hangs", hanging, "print('next')", seconds=1),
+        python_step("works", "print('one\\ntwo')"),
+    )
+    assert time.monotonic() - began < 30
+    assert {name: e.how for name, e in ended.items()} == {"fails": "failed", "hangs": "out of time", "works": "ok"}
+    assert (ended["fails"].last, ended["works"].last) == ("why", "two")
+    log = (tmp_path / "log.txt").read_text()
+    assert "why\n[fails: exit code 3]" in log and "[hangs: out of time]" in log and "one\ntwo\n[works: exit" in log
+
+
+def test_steps_without_time_are_left_out(tmp_path):
+    ended = run_steps(tmp_path, python_step("a", "pass"), python_step("b", "pass"), seconds=0)
+    assert {name: e.how for name, e in ended.items()} == {"a": "left out", "b": "left out"}
+
+
+def test_commands_of_a_step_may_run_together(tmp_path):
+    # Each waits for the other's file.
+    program = (
+        "import pathlib, time\npathlib.Path({0!r}).touch()\nwhile not pathlib.Path({1!r}).exists(): time.sleep(0.01)"
+    )
+    files = [str(tmp_path / name) for name in "ab"]
+    programs = program.format(*files), program.format(*reversed(files))
+    assert run_steps(tmp_path, python_step("both", *programs, together=True))["both"].how == "ok"
+
+
+def test_steps_use_the_table_that_was_tuned(tmp_path):
+    table = tmp_path / run_all.TABLE
+    show = "import os; print(os.environ.get('MIXDQ_TUNING_TABLE'))"
+    ended = run_steps(
+        tmp_path,
+        python_step("before", show),
+        python_step("tune", f"open({str(table)!r}, 'w')"),
+        python_step("after", show),
+        python_step("again", show),
+    )
+    assert [ended[name].last for name in ("before", "after", "again")] == ["None", str(table), str(table)]
+
+
+def test_all_steps_are_commands_of_the_repository(tmp_path):
+    found = run_all.steps(tmp_path, 2)
+    assert len({step.name for step in found}) == len(found)
+    for step in found:
+        for command in step.commands:
+            paths = [
+                a.partition("::")[0].removeprefix("--deselect=") for a in command if a.endswith(".py") or "::" in a
+            ]
+            assert all((run_all.ROOT / path).exists() for path in paths) and (paths or "mixdq_ao.cli" in command)
+    (unets,) = [step for step in found if step.name == "unets"]
+    for command in unets.commands:
+        arguments = command[command.index("bench") + 1 :]
+        names = next(a for a in arguments if a.startswith("--variants=")).partition("=")[2].split(",")
+        assert "float-compiled" in {v.asked for v in parse_variants(names, torch.float16)}
+        known = {option for parameter in get_command(cli.app).commands["bench"].params for option in parameter.opts}
+        assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known
