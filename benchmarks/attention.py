@@ -42,12 +42,12 @@ def inputs(one: Attention) -> list[torch.Tensor]:
 def time_attention(bench: Bench, one: Attention) -> dict:
     """Microseconds in a graph by backend, and as ``auto`` measures them."""
     x = inputs(one)
-    quick = {name: 1e3 * ms for name, ms in attention.timings(*x).items()}
+    quick, auto = {name: 1e3 * ms for name, ms in attention.timings(*x).items()}, attention.fastest(*x)
     count = max(8, min(200, int(15_000 / (3 + one.flops / 300e6))))
     ours = torch.ops.mixdq_ao.attention
-    us = {name: bench.time_us(lambda i, name=name: ours(*x, None, name), count) for name in quick}
+    us = {name: bench.time_us(lambda i, name=name: ours(*x, None, name), count) for name in {*quick, auto}}
     us[TORCH] = bench.time_us(lambda i: F.scaled_dot_product_attention(*x), count)
-    return {"us": us, "measured_by_auto": quick, "auto": attention.fastest(*x)}
+    return {"us": us, "measured_by_auto": quick, "auto": auto}
 
 
 def sums(rows: list[dict]) -> dict:

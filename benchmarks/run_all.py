@@ -10,6 +10,7 @@ after it. What they print is in OUT/log.txt, how they ended in OUT/steps.json, w
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def steps(out: Path, gpus: int) -> list[Step]:
 def run_step(step: Step, seconds: float, log: Path, settings: dict[str, str]) -> Ended:
     """Run its commands, kill what is left of them at the limit, and append what they printed to the log."""
     start = time.monotonic()
+    if absent := [command[0] for command in step.commands if not shutil.which(command[0])]:
+        return Ended(step.name, "failed", 0.0, f"{absent[0]} is not installed")
     groups = [step.commands] if step.together else [[command] for command in step.commands]
     codes, last = [], ""
     for group in groups:

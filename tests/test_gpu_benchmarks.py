@@ -275,6 +275,11 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert "why\n[fails: exit code 3]" in log and "[hangs: out of time]" in log and "one\ntwo\n[works: exit" in log
 
 
+def test_a_program_that_is_not_installed_is_named(tmp_path):
+    ended = run_steps(tmp_path, run_all.Step("check", "", 30, [["surely-not-installed"]]))["check"]
+    assert (ended.how, ended.last) == ("failed", "surely-not-installed is not installed")
+
+
 def test_steps_without_time_are_left_out(tmp_path):
     ended = run_steps(tmp_path, python_step("a", "pass"), python_step("b", "pass"), seconds=0)
     assert {name: e.how for name, e in ended.items()} == {"a": "left out", "b": "left out"}
