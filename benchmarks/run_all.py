@@ -67,12 +67,13 @@ def steps(out: Path, gpus: int) -> list[Step]:
     def script(name: str, *arguments: str) -> list[str]:
         return [*python, str(ROOT / "benchmarks" / name), *arguments]
 
+    def bench(name: str, *arguments: str) -> list[str]:
+        return [*python, "-m", "mixdq_ao.cli", "bench", "sdxl", *arguments, f"--out={out}/bench_{name}.json", "--force"]
+
     def unet(pixels: int, batch: int, *more: str) -> list[str]:
-        variants = ",".join(("float", "float-compiled", "w8a8", "w4a8", *more))
-        where = out / f"bench_{pixels}px_batch{batch}"
+        name, variants = f"{pixels}px_batch{batch}", ",".join(("float", "float-compiled", "w8a8", "w4a8", *more))
         arguments = [f"--size={pixels}", f"--batch={batch}", f"--variants={variants}"]
-        arguments += ["--jobs=8", "--compile-limit=340", f"--out={where}.json", f"--plot={where}.png", "--force"]
-        return [*python, "-m", "mixdq_ao.cli", "bench", "sdxl", *arguments]
+        return bench(name, *arguments, "--jobs=8", "--compile-limit=340", f"--plot={out}/bench_{name}.png")
 
     def checker(tool: str) -> list[str]:
         options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
@@ -89,6 +90,7 @@ def steps(out: Path, gpus: int) -> list[Step]:
     attention = script("attention.py", f"--out={out}/attention.json")
     checkers = [checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
     unets = [unet(512, 1, "w8a8-eager", "w8a16", "torchao-fp8", "torchao-int8"), unet(1024, 8, "torchao-fp8")]
+    older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager")]
     sensitivity = script("sensitivity.py", f"--out={out}/sensitivity.json")
     processes = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *sensitivity[1:]]
     return [
@@ -100,6 +102,7 @@ def steps(out: Path, gpus: int) -> list[Step]:
         Step("sanitize", "compute-sanitizer", 300, checkers, together=True),
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),
+        Step("older", "SDXL's UNet with the kernels of older GPUs", 120, [older]),
         Step("sensitivity", "SDXL's sensitivity", 180, [sensitivity, *([processes] if gpus > 1 else [])]),
     ]
 

@@ -89,10 +89,14 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   return best;
 }
 
-Choice by_rule(const Matmul& p, int arch, int sm_count) {
+constexpr std::string_view kFamilies[] = {"sm90", "sm80"};  // the faster one first
+
+// `only`: leaves out the kernels of every other family.
+Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = "") {
   static const int few = find_kernel("few_rows");
   if (why_not(catalogue()[few], p, arch).empty()) return {few, 1, false};
-  for (const char* family : {"sm90", "sm80"}) {
+  for (std::string_view family : kFamilies) {
+    if (!only.empty() && family != only) continue;
     Choice choice = cheapest(family, p, arch, sm_count);
     if (choice.kernel >= 0) return choice;
   }
@@ -116,7 +120,8 @@ Choice by_environment(const char* wanted, const Matmul& p, int arch) {
   if (i < 0) {
     std::string names;
     for (const Kernel& kernel : catalogue()) names += (names.empty() ? "" : ", ") + std::string(kernel.name);
-    throw std::runtime_error("MIXDQ_KERNEL names no kernel: '" + name + "'. The kernels are " + names);
+    throw std::runtime_error("MIXDQ_KERNEL names no kernel: '" + name + "'. The kernels are " + names +
+                             "; sm90 and sm80 are all of a family");
   }
   const Kernel& kernel = catalogue()[i];
   return why_not(kernel, p, arch).empty() ? Choice{i, allowed_splits(kernel, splits), false} : Choice{};
@@ -236,6 +241,9 @@ const Tuned* nearest(const std::vector<Tuned>& table, const Matmul& p, int arch)
 
 Choice select(const Matmul& p, int arch, int sm_count) {
   if (const char* wanted = std::getenv("MIXDQ_KERNEL"); wanted && *wanted) {
+    for (std::string_view family : kFamilies) {
+      if (wanted == family) return by_rule(p, arch, sm_count, family);
+    }
     Choice forced = by_environment(wanted, p, arch);
     if (forced.kernel >= 0) return forced;
   }

@@ -79,6 +79,10 @@ def sizes_of(layer) -> dict:
     return {"m": layer.m, "n": layer.columns, "k": layer.k, "taps": layer.taps}
 
 
+def in_this_build(arch: str) -> bool:
+    return arch in native.facts()["archs"].split(";")
+
+
 def check_choice(arch: int, **size) -> str:
     """The chosen kernel, which must be able to do it."""
     choice = native.select(**size, arch=arch)
@@ -96,7 +100,7 @@ def test_every_layer_of_sdxl_runs_on_tensor_cores(arch, bits):
         for layer in [*layers(pixels, batch), *merged(pixels, batch)]:
             name = check_choice(arch, bits=bits, **sizes_of(layer))
             if layer.k // layer.taps % 16 == 0 and layer.m > 16:
-                hopper = arch == 90 and "90a" in native.facts()["archs"]
+                hopper = arch == 90 and in_this_build("90a")
                 assert name.startswith("sm90" if hopper else "sm80"), f"{layer}: {name}"
             elif layer.m <= 16:
                 assert name == "few_rows"
@@ -130,6 +134,13 @@ def test_the_environment_forces_a_kernel_that_can(monkeypatch):
     choice = native.select(4096, 640, 640, arch=80)
     assert (choice.kernel, choice.splits) == ("sm80_64x64", 1)  # as many as the kernel has
     assert native.select(4096, 640, 9, arch=80).kernel == "direct"  # which that kernel cannot do
+    monkeypatch.setenv("MIXDQ_KERNEL", "sm80")
+    assert native.select(4096, 640, 640, arch=90).kernel == native.select(4096, 640, 640, arch=89).kernel
+    assert [native.select(m, 640, k, arch=90).kernel for m, k in ((4, 640), (4096, 9))] == ["few_rows", "direct"]
+    assert native.select(4096, 640, 640, arch=90, floating=True) is None  # that family has no such kernel
+    monkeypatch.setenv("MIXDQ_KERNEL", "sm90")
+    assert native.select(4096, 640, 640, arch=90).kernel.startswith("sm90" if in_this_build("90a") else "direct")
+    assert native.select(4096, 640, 640, arch=80).kernel == "direct"
     monkeypatch.setenv("MIXDQ_KERNEL", "fastest")
     with pytest.raises(RuntimeError, match="MIXDQ_KERNEL names no kernel: 'fastest'. The kernels are "):
         native.select(4096, 640, 640)
