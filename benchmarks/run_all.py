@@ -4,7 +4,8 @@
     python benchmarks/run_all.py --out results --only tests,tune --minutes 9
 
 Each step has a limit and does not stop the others by failing. A table that ``tune`` has written is used by the steps
-after it. What they print is in OUT/log.txt, how they ended in OUT/steps.json, written after each step.
+after it. What they print is in OUT/log.txt, how they ended in OUT/steps.json, written after each step; ``claims.py``
+compares the results with the project's goals.
 """
 
 import importlib.util
@@ -55,8 +56,8 @@ class Ended:
     last: str = ""
 
 
-def steps(out: Path, gpus: int) -> list[Step]:
-    """All there are, in the order in which they tell most."""
+def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
+    """All there are, in the order in which they tell most. ``plan``: of SDXL's weights, as one more variant."""
     python = [sys.executable]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -89,7 +90,11 @@ def steps(out: Path, gpus: int) -> list[Step]:
     kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=100")
     attention = script("attention.py", f"--out={out}/attention.json")
     checkers = [checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
-    unets = [unet(512, 1, "w8a8-eager", "w8a16", "torchao-fp8", "torchao-int8"), unet(1024, 8, "torchao-fp8")]
+    small = unet(512, 1, "w8a8-eager", "w8a16", "torchao-fp8", "torchao-int8", *(["plan"] if plan else []))
+    unets = [[*small, *([f"--plan={plan}"] if plan else [])], unet(1024, 8, "torchao-fp8")]
+    # Side by side, compilers slow one another: what compiling takes is measured alone, then with caches that are full.
+    starts = [bench(name, "--variants=float-compiled,w8a8", option, "--repeats=3") for name, option in
+              (("cold", "--cold"), ("warm", "--no-cold"), ("warm", "--no-cold"))]  # fmt: skip
     older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager")]
     sensitivity = script("sensitivity.py", f"--out={out}/sensitivity.json")
     processes = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *sensitivity[1:]]
@@ -103,6 +108,7 @@ def steps(out: Path, gpus: int) -> list[Step]:
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),
         Step("older", "SDXL's UNet with the kernels of older GPUs", 120, [older]),
+        Step("starts", "how long compiling takes", 500, starts),
         Step("sensitivity", "SDXL's sensitivity", 180, [sensitivity, *([processes] if gpus > 1 else [])]),
     ]
 
@@ -183,13 +189,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")],
     only: Annotated[str, typer.Option(help="Names of steps with commas between; all of them without it.")] = "",
     minutes: Annotated[float, typer.Option(help="Time for all; steps that no longer fit are left out.")] = 60.0,
+    plan: Annotated[Path | None, typer.Option(exists=True, help="A bit plan of SDXL's weights to measure too.")] = None,
 ) -> None:
     """Test and measure on this GPU."""
     require_gpu()
     import torch
 
     out = out.resolve()
-    todo = steps(out, torch.cuda.device_count())
+    todo = steps(out, torch.cuda.device_count(), plan and plan.resolve())
     if only:
         wanted, known = [name.strip() for name in only.split(",")], [step.name for step in todo]
         if unknown := [name for name in wanted if name not in known]:

@@ -11,15 +11,19 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from expecttest import assert_expected_inline
 from rich.console import Console
 from torch import nn
 from typer.main import get_command
 
 from mixdq_ao import cli
+from mixdq_ao.bench.results import Results, Row, Settings
+from mixdq_ao.bench.timing import Times
 from mixdq_ao.bench.variants import parse_variants
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import attention
+import claims
 import gpu
 import kernels
 import run_all
@@ -309,7 +313,9 @@ def test_steps_use_the_table_that_was_tuned(tmp_path):
 
 
 def test_all_steps_are_commands_of_the_repository(tmp_path):
-    found = run_all.steps(tmp_path, 2)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("conv_in: 8\n")
+    found = run_all.steps(tmp_path, 2, plan)
     assert len({step.name for step in found}) == len(found)
     for step in found:
         for command in step.commands:
@@ -318,10 +324,77 @@ def test_all_steps_are_commands_of_the_repository(tmp_path):
             ]
             assert all((run_all.ROOT / path).exists() for path in paths) and (paths or "mixdq_ao.cli" in command)
     benches = [command for step in found for command in step.commands if "bench" in command]
-    assert len(benches) == 5
+    assert len(benches) == 8
     for command in benches:
         arguments = command[command.index("bench") + 1 :]
         names = next(a for a in arguments if a.startswith("--variants=")).partition("=")[2].split(",")
-        assert [v.asked for v in parse_variants(names, torch.float16)] == names
-        known = {option for parameter in get_command(cli.app).commands["bench"].params for option in parameter.opts}
+        assert [v.asked for v in parse_variants(names, torch.float16, str(plan))] == names
+        parameters = get_command(cli.app).commands["bench"].params
+        known = {option for p in parameters for option in p.opts + p.secondary_opts}
         assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known
+
+
+# --- goals ------------------------------------------------------------------------------------------------------------
+
+
+def measured(variant: str, batch: int = 1, ms: float = 10.0, **values) -> Row:
+    return Row(variant, batch, "now", latency=Times(ms, ms, ms, ms), **values)
+
+
+def of(*rows: Row) -> Results:
+    settings = Settings("sdxl", 512, "fp16", "cuda", None, None, True, 20, 3, True, 0)
+    return Results(settings, {}, "fp16-compiled", list(rows))
+
+
+def goals(folder: Path) -> dict[str, claims.Claim]:
+    return {c.what: c for c in claims.claims(folder)}
+
+
+def test_goals_of_which_nothing_was_measured(tmp_path):
+    found = goals(tmp_path)
+    assert len(found) > 20 and {c.holds for c in found.values()} == {None}
+
+
+def test_goals_and_what_was_measured(tmp_path):
+    rows = [
+        measured("fp16", call_ms=30.0, static=5000 * 2**20, activation=100 * 2**20),
+        measured("fp16-compiled", ms=9.0, activation=50 * 2**20),
+        measured("w8a8", ms=5.0, static=2400 * 2**20, activation=60 * 2**20),
+        measured("w8a8-eager", call_ms=40.0),
+        Row("w4a8", 1, "now", error="no memory"),
+    ]
+    of(*rows).write(tmp_path / "bench_512px_batch1.json")
+    of(measured("fp16-compiled", compile_s=60.0), measured("w8a8", compile_s=80.0)).write(tmp_path / "bench_cold.json")
+    of(measured("w8a8", compile_s=40.0)).write(tmp_path / "bench_warm.json")
+    of(measured("w8a8-eager", ms=11.0)).write(tmp_path / "bench_sm80.json")
+    layer = {"kind": "linear", "count": 2, "us": {"fp16": 20.0, "w8a8": 10.0, "w4a8": 16.0}}
+    slow = {"kind": "conv", "count": 1, "us": {"fp16": 20.0, "w8a8": 25.0}}
+    case = {"layers": [layer, slow], "sums": kernels.sums([layer, slow])}
+    (tmp_path / "kernels.json").write_text(json.dumps({"cases": {"512 px, batch 1": case}}))
+    single = {"cheap": {"estimated_s": {"32": 60.0, "512": 600.0}}}
+    scaling = {"processes": {"1": single}, "layers_per_s": {"1": 2.0, "2": 3.0}}
+    (tmp_path / "sensitivity.json").write_text(json.dumps(scaling))
+    columns = [column.cells for column in claims.table([c for c in claims.claims(tmp_path) if c.measured]).columns]
+    found = [", ".join(cells) for cells in zip(*columns, strict=True)]
+    assert_expected_inline(
+        "\n".join(found),
+        """\
+linear layers, W8A8, over fp16, 512 px, batch 1, >= 1.45 x, 2 x, yes
+conv layers, W8A8, over fp16, 512 px, batch 1, >= 2 x, 0.8 x, no
+the slowest layer of all, W8A8, over fp16, >= 1 x, 0.8 x, no
+all layers, time of W4A8 over W8A8, 512 px, batch 1, <= 1.15 x, 1.16 x, no
+UNet w8a8 over compiled fp16, 512 px, batch 1, >= 1.5 x, 1.8 x, yes
+UNet W8A8 eager without a graph, over fp16, 512 px, batch 1, >= 1 x, 0.75 x, no
+UNet W8A8 eager, kernels of older GPUs, <= 12 ms, 11 ms, yes
+static memory of W8A8, <= 2,500 MiB, 2,400 MiB, yes
+peak memory of W8A8, of fp16's, 512 px, batch 1, <= 0.51 x, 0.482 x, yes
+activation memory of W8A8, of compiled fp16's, <= 1 x, 1.2 x, no
+compile time of W8A8, of fp16's, <= 1.5 x, 1.33 x, yes
+warm start of W8A8, of its compile time, <= 0.333 x, 0.5 x, no
+sensitivity of SDXL's 794 layers, predicted, 512 prompts, <= 60 min, 10 min, yes
+the same on two GPUs, layers a second, >= 1.8 x, 1.5 x, no""",
+    )
+
+
+def test_the_committed_results_can_be_read():
+    assert goals(claims.RESULTS)
