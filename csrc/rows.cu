@@ -1,5 +1,6 @@
-// Linear layers of at most 16 rows, whose time goes into reading the weights: each warp computes one or two output
-// channels for all rows, with dp4a, from weights of 8, 4 or 2 bits as they are stored.
+// Linear layers of at most 16 rows, and 1x1 convolutions of so few pixels, whose time goes into reading the weights:
+// each warp computes one or two output channels for all rows, with dp4a, from weights of 8, 4 or 2 bits as they are
+// stored.
 //
 // A packed byte holds 8 / bits codes. Those at one place within their bytes form a plane; the rows of x lie in shared
 // memory by planes too, so that one word of weights, shifted and masked, meets one word of x. The mask leaves each code
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     channel = channel_epilogue(weight, my_n);
     of_row = row_epilogue(p, my_row);
     if (p.residual) {
-      residual = load_float(p.residual, p.residual_type, my_row * p.residual_stride + columns.start + my_n);
+      residual = load_float(p.residual, p.residual_type, residual_row(p, my_row) + columns.start + my_n);
     }
   }
 

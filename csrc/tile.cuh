@@ -73,6 +73,11 @@ union Halves {  // V values of a 16-bit type, as one vector
   __device__ Halves() {}
 };
 
+// Where the residual of a row begins.
+__device__ __forceinline__ int64_t residual_row(const Matmul& p, int64_t row) {
+  return (p.residual_rows == 1 ? row : row / p.residual_rows) * p.residual_stride;
+}
+
 // `count` values of the residual, or zeros where there is none.
 template <int V>
 __device__ __forceinline__ void load_residual(const Matmul& p, int64_t row, int64_t column, int count, bool vectors,
@@ -80,7 +85,7 @@ __device__ __forceinline__ void load_residual(const Matmul& p, int64_t row, int6
 #pragma unroll
   for (int j = 0; j < V; ++j) v[j] = 0.f;
   if (!p.residual) return;
-  int64_t at = (p.residual_rows == 1 ? row : row / p.residual_rows) * p.residual_stride + column;
+  int64_t at = residual_row(p, row) + column;
   if (!vectors) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {

@@ -147,6 +147,13 @@ MISTAKES = [
         "layer_norm_quantize",
     ),
     Mistake(
+        "pixels do not share the residual of their image",
+        "rows.cu",
+        r"residual_row\(p, my_row\)",
+        "my_row * p.residual_stride",
+        "share_a_row",
+    ),
+    Mistake(
         "a code is rounded twice",
         "codes.cuh",
         r"return round\(q == q \? q : 0.f\)",

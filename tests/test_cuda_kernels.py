@@ -137,8 +137,9 @@ def draw(kernel: str, number: int) -> Case:
     name, suits = kernel.partition(":")[0], rng.random() < 0.8
     bits = rng.choice((4, 2) if name.endswith("_packed") and suits else (8, 8, 4, 2))
     op = rng.choice(("linear", "linear", "dynamic", "multi", "conv", "conv", "conv"))
-    if name == "few_rows" and suits:
-        op = rng.choice(("linear", "dynamic", "multi"))
+    few = name == "few_rows" and suits
+    if few:
+        op = rng.choice(("linear", "dynamic", "multi", "conv"))
     group_count = rng.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 3))
     groups = [log_uniform(rng, 4096 // group_count) for _ in range(group_count)]
     if suits and name != "direct":
@@ -166,16 +167,20 @@ def draw(kernel: str, number: int) -> Case:
         window = rng.choice(((1, 1), (3, 3), (3, 3), (3, 3), (1, 3), (5, 2), (2, 2)))
         dilation = rng.choice(((1, 1), (1, 1), (1, 1), (2, 2), (1, 3)))
         padding = rng.choice(((0, 0), (0, 0), (0, 0), (1, 1), (2, 0)))
+        steps = rng.choice(((1, 1), (1, 1), (1, 1), (2, 2), (2, 1), (3, 2)))
         batch, size = rng.randint(1, 9), [log_uniform(rng, 40) for _ in range(2)]
+        if few:  # pixels, whatever the window
+            window = dilation = steps = (1, 1)
+            padding, batch, size = (0, 0), rng.randint(1, 3), [rng.randint(1, 2) for _ in range(2)]
         pixels = work // (sum(groups) * sum(columns) * window[0] * window[1])
         while batch * size[0] * size[1] > max(1, pixels) and max(batch, *size) > 1:
             batch, size = (batch + 1) // 2, [(s + 1) // 2 for s in size]
         size = [max(s, d * (w - 1) + 1 - 2 * p) for s, d, w, p in zip(size, dilation, window, padding, strict=True)]
         case |= {"lead": (batch, *size), "window": window, "dilation": dilation, "padding": padding}
-        case |= {"stride": rng.choice(((1, 1), (1, 1), (1, 1), (2, 2), (2, 1), (3, 2)))}
+        case |= {"stride": steps}
         case |= {"layout": rng.choice(IMAGE_LAYOUTS), "residual_layout": rng.choice(IMAGE_LAYOUTS)}
     else:
-        high = 16 if name == "few_rows" and suits else 3000
+        high = 16 if few else 3000
         rows = max(1, min(log_uniform(rng, high), work // (sum(groups) * sum(columns))))
         batch = rng.randint(1, min(9, rows))
         case |= {"lead": rng.choice(((rows,), (batch, rows // batch), (batch, 1, rows // batch)))}
@@ -451,6 +456,17 @@ def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
         w = torch.full((80, k), b, dtype=torch.int8, device=DEVICE)
         y = ops.linear_int8(x, w, one, none, None, 8, [k], torch.float32)
         assert y.unique().tolist() == [float(torch.tensor(a * b * k, dtype=torch.float32))]
+
+
+@pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_64x16", "direct"])
+@pytest.mark.parametrize("lead", [(1, 3, 3), (2, 2, 2), (3, 1, 5)])
+def test_pixels_of_an_image_share_a_row_of_the_residual(lead, kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("MIXDQ_KERNEL", kernel)
+    residual = {"residual": torch.float16, "residual_layout": "contiguous", "bias": None, "out_dtype": torch.float32}
+    window = {"window": (1, 1), "stride": (1, 1), "layout": "channels-last"}
+    case = Case(seed=3, op="conv", lead=lead, groups=[192], columns=[88], bits=[8], exact=True, **residual, **window)
+    assert not wrong(case, *run(case)).any()
 
 
 @needs_gpu
