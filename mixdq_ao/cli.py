@@ -22,19 +22,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
 
 
 @app.command()
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="A diffusers pipeline folder. [default: the small model that comes along]")
+        str | None, typer.Option(help="A diffusers pipeline folder.", show_default="the small model that comes along")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("mixdq-ao-demo"),
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or COCO captions.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures for each variant, without --prompts.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = "",
+    device: DeviceOption = "",
     json: JsonOption = False,
 ) -> None:
     """Draw the same pictures in floating point and quantized, and compare memory, time and quality."""
@@ -175,12 +176,12 @@ PipelineArgument = Annotated[
 ]
 PromptsOption = Annotated[
     Path | None,
-    typer.Option(help="A text file, one prompt a line, or a COCO captions JSON. [default: what is built in]"),
+    typer.Option(help="A text file, one prompt a line, or a COCO captions JSON.", show_default="what is built in"),
 ]
+ALL_PROMPTS = "all, or 64 of tiny-sdxl's"
 StepsOption = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 GuidanceOption = Annotated[float, typer.Option(help="Guidance scale; 0 for few-step models.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu or cuda. [default: cuda if there is one]")]
 SeedsOption = Annotated[int, typer.Option(min=1, help="Evaluate at seeds 0, 1, ... up to so many.")]
 ParamsOption = Annotated[Path | None, typer.Option(help="Quantization parameters, from calibrate or convert.")]
 PlanOption = Annotated[list[Path] | None, typer.Option(help="A bit plan of the weights to evaluate; repeatable.")]
@@ -197,7 +198,7 @@ def calibrate(
     pipeline: PipelineArgument,
     out: Annotated[Path, typer.Argument(help="The safetensors file of parameters to write.")],
     prompts: PromptsOption = None,
-    count: Annotated[int | None, typer.Option(min=1, help="So many prompts. [default: all; 64 scenes]")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many prompts.", show_default=ALL_PROMPTS)] = None,
     method: Annotated[str, typer.Option(help="Activation ranges: minmax, ema, percentile or mse.")] = "minmax",
     weight_method: Annotated[str, typer.Option(help="Weight scales: minmax or mse.")] = "mse",
     steps: StepsOption = 1,
@@ -300,7 +301,7 @@ def evaluate(
     model: ModelOption = None,
     act_bits: ActBitsOption = 8,
     captions: PromptsOption = None,
-    count: Annotated[int | None, typer.Option(min=1, help="So many captions. [default: all; 64 scenes]")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many captions.", show_default=ALL_PROMPTS)] = None,
     seeds: SeedsOption = 1,
     extra: ExtraOption = None,
     steps: StepsOption = 1,
@@ -331,7 +332,7 @@ def compare(
     model: ModelOption = None,
     act_bits: ActBitsOption = 8,
     captions: PromptsOption = None,
-    count: Annotated[int | None, typer.Option(min=1, help="So many captions. [default: all; 64 scenes]")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many captions.", show_default=ALL_PROMPTS)] = None,
     seeds: SeedsOption = 1,
     extra: ExtraOption = None,
     steps: StepsOption = 1,
@@ -357,9 +358,13 @@ def auto(
     out: Annotated[Path, typer.Option(help="Folder for everything; the same command goes on from it.")],
     budget: Annotated[float, typer.Option(help="Mean bits of the weights.")] = 4.0,
     prompts: PromptsOption = None,
-    prompt_count: Annotated[int | None, typer.Option(min=1, help="So many calibration prompts.")] = None,
+    prompt_count: Annotated[
+        int | None, typer.Option(min=1, help="So many calibration prompts.", show_default=ALL_PROMPTS)
+    ] = None,
     captions: PromptsOption = None,
-    caption_count: Annotated[int | None, typer.Option(min=1, help="So many captions to evaluate on.")] = None,
+    caption_count: Annotated[
+        int | None, typer.Option(min=1, help="So many captions to evaluate on.", show_default=ALL_PROMPTS)
+    ] = None,
     seeds: SeedsOption = 3,
     steps: StepsOption = 1,
     guidance_scale: GuidanceOption = 0.0,
@@ -470,9 +475,11 @@ def bench(
         typer.Argument(help="sdxl or a UNet's config.json (random weights), tiny-sdxl, or a pipeline or UNet folder."),
     ] = "sdxl",
     size: Annotated[int, typer.Option(min=1, help="Side of the pictures in pixels.")] = 512,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Pictures at a time; repeatable. [default: 1]")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures at a time; repeatable.", show_default="1")
+    ] = None,
     variants: Annotated[
-        str, typer.Option(help="Names with commas between: float, w8a8, ... [default: all but max-autotune]")
+        str, typer.Option(help="Names with commas between: float, w8a8, ...", show_default="all but max-autotune")
     ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Calls or replays before them.")] = 3,
@@ -480,7 +487,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="PNG file.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A bit plan of the weights, as one more variant.")] = None,
     device: DeviceOption = "",
-    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32. [default: fp16 on a GPU, fp32 on a CPU]")] = "",
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.", show_default="fp16 on a GPU, fp32 on a CPU")] = "",
     compile: Annotated[bool, typer.Option(help="Compile quantized variants.")] = True,
     layers: Annotated[
         int | None, typer.Option(min=1, help="At most so many transformer layers in each block, for a quick look.")
@@ -560,7 +567,7 @@ def doctor(
     ] = "",
     bits: Annotated[int, typer.Option(help="With --layer: bits of its weight, 8, 4 or 2.")] = 8,
     arch: Annotated[
-        int | None, typer.Option(help="With --layer: 80, 86, 89 or 90. [default: this machine's GPU, or 90]")
+        int | None, typer.Option(help="With --layer: 80, 86, 89 or 90.", show_default="this machine's GPU, or 90")
     ] = None,
     json: JsonOption = False,
 ) -> None:

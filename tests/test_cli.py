@@ -9,6 +9,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from models import tiny_sdxl_unet
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mixdq_ao import MixDQConfig, QuantParams, quantize_, save
@@ -38,6 +39,18 @@ def files(unet, tmp_path):
 def test_help_names_every_command():
     text = run("--help")
     assert all(name in text for name in ("demo", "convert", "inspect", "doctor"))
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_help_shows_every_default_in_words(command):
+    """In the text of the help "[default: ...]" would be markup, of which nothing is shown."""
+    parameters = get_command(app).commands[command].params
+    assert not [p.name for p in parameters if "[default" in (p.help or "")]
+    words = [p.show_default for p in parameters if isinstance(p.show_default, str)]
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"})
+    missing = [text for text in words if f"[default: ({text})]" not in result.stdout]
+    assert not missing
+    assert words or command in ("convert", "inspect", "allocate")
 
 
 def test_convert_makes_what_the_library_reads(files, unet):
