@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.config import MixDQConfig
 from mixdq_ao.errors import MixDQError
-from mixdq_ao.evaluate import Evaluation, Row, evaluate
+from mixdq_ao.evaluate import LOWER_IS_BETTER, Evaluation, Row, evaluate
 from mixdq_ao.plan import BitPlan
-
-LOWER_IS_BETTER = ("lpips", "fid")
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,15 @@ LPIPS_BANDS = ((0.10, "same picture"), (0.15, "like fp8"), (0.30, "like 4 bits")
 def sqnr(reference: Tensor, value: Tensor) -> float:
     """Signal to quantization noise ratio in dB: ``10 log10(sum ref^2 / sum (value - ref)^2)``; inf where equal.
 
-    Any shape and floating dtype, computed in float64. Raises ``MixDQError`` for different shapes.
+    -inf where ``value`` is not finite: nothing is left of the signal. Any shape and floating dtype, computed in
+    float64. Raises ``MixDQError`` for different shapes.
     """
     if reference.shape != value.shape:
         raise MixDQError(f"sqnr() needs equal shapes; found {list(reference.shape)} and {list(value.shape)}")
     reference, value = reference.double(), value.double()
     noise = (value - reference).square().sum()
+    if not noise.isfinite():
+        return -math.inf
     return float(10 * torch.log10(reference.square().sum() / noise))
 
 
@@ -102,8 +105,8 @@ class Row:
     """What was measured of a variant.
 
     ``values`` maps a metric to its value at each seed: ``sqnr`` of the first UNet output and ``psnr`` in dB (inf: no
-    difference), ``ssim``, ``accuracy`` of captions in 0..1, and the extras. ``weight_bits`` is the mean over weights of
-    linear and convolution layers, ``mib`` the size of the UNet.
+    difference; -inf: the output is not finite), ``ssim``, ``accuracy`` of captions in 0..1, and the extras.
+    ``weight_bits`` is the mean over weights of linear and convolution layers, ``mib`` the size of the UNet.
     """
 
     name: str
@@ -112,7 +115,8 @@ class Row:
     values: dict[str, list[float]]
 
     def mean(self, metric: str) -> float:
-        return statistics.fmean(self.values[metric])
+        mean = statistics.fmean(self.values[metric])
+        return -math.inf if math.isnan(mean) else mean  # equal at one seed, without a finite output at another
 
     def spread(self, metric: str) -> float | None:
         """Standard deviation over seeds; None with one seed or infinite values."""
@@ -153,13 +157,13 @@ class Evaluation:
         if row.name == FLOATING and metric in _AGAINST_FLOATING:
             return "-"
         if not math.isfinite(value):
-            return "equal"
+            return "equal" if value > 0 else "not finite"
         factor, digits = (100, 1) if metric == "accuracy" else (1, 1 if metric in UNITS else 4)
         text = f"{factor * value:.{digits}f}" + ("" if spread is None else f" ± {factor * spread:.{digits}f}")
         return f"{text} ({lpips_band(value)})" if metric == "lpips" else text
 
     def to_json(self) -> dict:
-        """For ``json.dumps``: infinite values are null."""
+        """For ``json.dumps``: null is inf, no difference; "-inf" an output that is not finite."""
         rows = [
             {
                 "name": row.name,
@@ -179,12 +183,15 @@ class Evaluation:
         return {"settings": self.settings, "seeds": self.seeds, "captions": len(self.captions), "rows": rows}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float) -> float | str | None:
+    """JSON has no infinity."""
+    if math.isfinite(value):
+        return value
+    return None if value > 0 else "-inf"
 
 
-def _infinite(value: float | None) -> float:
-    return math.inf if value is None else value
+def _infinite(value: float | str | None) -> float:
+    return math.inf if value is None else float(value)
 
 
 def evaluate(
@@ -251,7 +258,7 @@ def evaluate(
 def _make_unet(floating_unet: nn.Module, recipe: Recipe) -> nn.Module:
     if isinstance(recipe, (str, os.PathLike)):
         parameter = next(floating_unet.parameters())
-        return load(recipe, device=parameter.device)
+        return load(recipe, device=parameter.device).to(parameter.dtype)  # as the rest of the pipeline computes
     unet = copy.deepcopy(floating_unet)
     if isinstance(recipe, MixDQConfig):
         quantize_(unet, recipe, progress=False)
@@ -317,6 +324,8 @@ class _Run:
             if file.metadata.get("settings") == json.dumps(self.settings):
                 return {name: file.read(name) for name in ("pictures", "output")}
         drawn = self._draw(seed, f"{FLOATING}, seed {seed}")
+        if not drawn["output"].isfinite().all():
+            raise MixDQError("the floating UNet's output is not finite; run it in float32 or bfloat16")
         if path is not None:
             write_tensors(path, drawn, {"settings": json.dumps(self.settings)})
         return drawn
@@ -356,8 +365,8 @@ class _Run:
         if not path.exists():
             return None
         content = parse_json(path, "", read_text(path))
-        if content["key"] != key:
-            return None
+        if not isinstance(content, dict) or content.get("key") != key:
+            return None  # measured of something else: again
         pictures = TensorFile(path.with_suffix(".safetensors")).read("pictures")
         return {metric: _infinite(value) for metric, value in content["values"].items()}, pictures
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from mixdq_ao.errors import MixDQError
+from mixdq_ao.errors import CheckpointError, MixDQError
 from mixdq_ao.files import parse_json
 
 ROWS = "rows-{}.jsonl"
@@ -21,9 +21,10 @@ class Notebook:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings = folder, settings
         self._path = folder / ROWS.format(rank)
-        self._mend()
-        # What others did in an earlier run counts; what they do now does not concern this one.
+        # What others did in an earlier run counts; what they do now does not concern this one. Before anything is
+        # written: a folder of another measurement stays as it is.
         self.done = set(self.read())
+        self._mend()
 
     def _mend(self) -> None:
         """Drop a cut-off last line of this process's file; begin it with the settings where it is new."""
@@ -53,14 +54,18 @@ class Notebook:
             values = [parse_json(path, f"line {i}", line) for i, line in enumerate(lines, 1)]
             if not values:
                 continue  # a process that is about to write its first line
-            theirs = values[0].get("settings", {})
+            first, *rows = values
+            noted = all(isinstance(row, dict) and {"what", "key"} <= row.keys() for row in rows)
+            if not (noted and isinstance(first, dict) and first.keys() == {"settings"}):
+                raise CheckpointError(path, "", "must hold what a measurement has noted, line by line")
+            theirs = first["settings"]
             different = [key for key in {*theirs, *self._settings} if theirs.get(key) != self._settings.get(key)]
             if different:
                 raise MixDQError(
                     f"{path}: this is a measurement with other {', '.join(sorted(different))}. Give the same arguments "
                     "to go on with it, or another folder"
                 )
-            for row in values[1:]:
+            for row in rows:
                 key = (row["what"], row["key"])
                 if row["what"] == "seconds":
                     row["seconds"] += found.get(key, {"seconds": 0.0})["seconds"]

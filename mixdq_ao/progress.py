@@ -1,7 +1,7 @@
 """Progress bars for people: one appears on a terminal once a loop has taken two seconds."""
 
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -26,16 +26,22 @@ def track(items: Iterable[T], text: str, total: int | None = None, show: bool | 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(text, total=total)
-    started, since = False, time.monotonic()
+    # By the clock and not by the items: the first of them may take a minute.
+    start = threading.Timer(DELAY_SECONDS, bar.start)
+    start.daemon = True
+    if show:
+        bar.start()
+    else:
+        start.start()
     try:
         for item in items:
-            if not started and (show or time.monotonic() - since > DELAY_SECONDS):
-                bar.start()
-                started = True
             yield item
             bar.advance(task)
     finally:
-        if started:
+        if not show:
+            start.cancel()
+            start.join()  # it may be starting the bar just now
+        if bar.live.is_started:
             bar.stop()
 
 

@@ -1,5 +1,6 @@
 """Evaluation: the metrics, and runs over variants and seeds that can be stopped."""
 
+import copy
 import json
 import math
 
@@ -9,6 +10,7 @@ import torch
 from pipelines import FakePipeline, prompts
 
 from mixdq_ao import MixDQConfig, MixDQError, calibrate, families, quantize_, save
+from mixdq_ao.choose import pick
 from mixdq_ao.evaluate import FLOATING, LPIPS_BANDS, evaluate, fingerprint, lpips_band, psnr, sqnr, ssim
 from mixdq_ao.extras import EXTRAS
 from mixdq_ao.scenes import held_out_captions
@@ -28,6 +30,8 @@ def test_metrics_of_known_pictures():
     assert psnr(black, grey) == pytest.approx(-20 * math.log10(0.2), abs=1e-4)
     assert psnr(grey, grey) == math.inf and ssim(grey, grey) == pytest.approx(1)
     assert sqnr(torch.ones(10), torch.full((10,), 1.1)) == pytest.approx(20, abs=1e-4)
+    for wrong in (math.nan, math.inf):
+        assert sqnr(torch.ones(2), torch.tensor([1.0, wrong])) == -math.inf
     with pytest.raises(MixDQError, match="equal shapes"):
         sqnr(torch.ones(1), torch.ones(2))
 
@@ -54,6 +58,34 @@ def test_rows_order_themselves_by_width(params):
     assert len(result.header()) == len(result.table()[0])
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert content["rows"][0]["sqnr"]["mean"] is None and content["rows"][1]["name"] == "W8A8"
+
+
+def test_an_output_that_is_not_finite_is_the_worst_and_not_the_best(params, tmp_path):
+    def spoil(unet):
+        unet.conv_out.bias.data.fill_(math.nan)
+
+    pipe = FakePipeline()
+    recipes = {"spoiled": spoil, "same": None, **variants(params)}
+    for _ in range(2):  # measured, and read again
+        result = evaluate(pipe, recipes, prompts(2), out=tmp_path, progress=False)
+        assert result.row("spoiled").values["sqnr"] == [-math.inf]
+        cells = {row[0]: row[result.header().index("SQNR dB")] for row in result.table()}
+        assert (cells["spoiled"], cells["same"], cells[FLOATING]) == ("not finite", "equal", "-")
+        stored = {row["name"]: row["sqnr"] for row in json.loads(json.dumps(result.to_json(), allow_nan=False))["rows"]}
+        assert stored["spoiled"]["mean"] == "-inf" and stored["same"]["mean"] is None
+    assert pick([result.row(name) for name in recipes if name != "same"], "sqnr")[0] == "W8A8"
+    with pytest.raises(MixDQError, match="the floating UNet's output is not finite"):
+        spoil(pipe.unet)
+        evaluate(pipe, {}, prompts(2), progress=False)
+
+
+def test_a_file_in_another_dtype_computes_as_the_pipeline_does(params, tmp_path):
+    pipe = FakePipeline()
+    unet = copy.deepcopy(pipe.unet).half()
+    quantize_(unet, MixDQConfig(params, 8, 8), progress=False)
+    save(unet, tmp_path / "half.safetensors")
+    result = evaluate(pipe, {"half": tmp_path / "half.safetensors"}, prompts(2), progress=False)
+    assert result.row("half").mean("sqnr") > 15
 
 
 def test_seeds_and_batches(params):

@@ -44,6 +44,21 @@ def test_another_measurement_is_refused(tmp_path, settings):
         Notebook(tmp_path, settings, 1)
 
 
+def test_a_refused_measurement_leaves_the_folder_as_it_was(tmp_path):
+    Notebook(tmp_path, SETTINGS, 0).add("weight", "conv_in", {"sqnr": {}})
+    with pytest.raises(MixDQError, match="other seed"):
+        Notebook(tmp_path, {**SETTINGS, "seed": 1}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows-0.jsonl"]
+    assert Notebook(tmp_path, SETTINGS, 1).done == {("weight", "conv_in")}
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"what": "weight"}', "3", '{"settings": {}}\n{"what": "weight"}'])
+def test_a_file_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "rows-0.jsonl").write_text(line + "\n")
+    with pytest.raises(MixDQError, match=r"rows-0.jsonl: must hold what a measurement has noted"):
+        Notebook(tmp_path, SETTINGS, 0)
+
+
 def test_a_broken_line_is_named(tmp_path):
     notebook = Notebook(tmp_path, SETTINGS, 0)
     with open(tmp_path / "rows-0.jsonl", "a") as file:

@@ -1,7 +1,12 @@
 """Progress bars: every item comes through, and the bar keeps quiet where it should."""
 
+import sys
+import threading
+import time
+
 import pytest
 
+from mixdq_ao import progress
 from mixdq_ao.progress import between, track
 
 
@@ -21,6 +26,29 @@ def test_bar_goes_to_stderr(capfd, monkeypatch):
     list(track(range(3), "Counting", show=True))
     out, err = capfd.readouterr()
     assert out == "" and "Counting" in err and "3/3" in err
+
+
+def test_the_bar_appears_while_the_first_item_is_under_way(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = []
+
+    def items():
+        deadline = time.monotonic() + 10
+        while not shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            shown.extend(["Counting"] if "Counting" in capfd.readouterr().err else [])
+        yield 1
+
+    assert list(track(items(), "Counting", 1)) == [1] and shown
+
+
+def test_a_short_loop_shows_nothing(capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    threads = threading.active_count()
+    assert list(track(range(3), "Counting")) == [0, 1, 2]
+    assert capfd.readouterr() == ("", "") and threading.active_count() == threads
 
 
 def test_a_bar_between_measurements(capfd, monkeypatch):
