@@ -22,7 +22,7 @@ from mixdq_ao import families
 from mixdq_ao.errors import MixDQError, PlanError, name_list
 from mixdq_ao.files import replacing
 from mixdq_ao.plan import BitPlan
-from mixdq_ao.program import EDGE_SLACK, Group, solve
+from mixdq_ao.program import EDGE_SLACK, Group, check_mean_bits, solve
 from mixdq_ao.progress import track
 from mixdq_ao.tables import Scores, Sizes
 
@@ -243,26 +243,40 @@ def sweep(
     """An allocation with at most ``budget`` mean bits for each ratio k of the groups' budgets, equal plans once.
 
     Ratios whose group budgets no plan can have are left out; so are those that would give a group more than its widest
-    candidates. With one group there is one allocation. Raises ``PlanError`` where nothing is left.
+    candidates. With one group there is one allocation, and for a budget above the mean of the widest plan it is that
+    plan. Raises ``PlanError`` where nothing is left, and for a budget that is not finite.
     """
+    check_mean_bits(budget, "the budget")
     if len(p.groups) == 1:
         return [by_group(p, {p.groups[0].name: budget})]
     ratios = list(RATIOS[p.kind] if ratios is None else ratios)
     edges = {group.name: group.edge_means() for group in p.groups}
+    lowest, highest = (
+        sum(edges[group.name][end] * group.size for group in p.groups) / sum(p.sizes.values()) for end in (0, 1)
+    )
+    if budget > highest + EDGE_SLACK:
+        return [by_group(p, {name: high for name, (_, high) in edges.items()})]
     points: dict[tuple, Allocation] = {}
     for ratio in track(ratios, "Allocating", len(ratios), progress):
         budgets = group_budgets(p, budget, ratio)
-        if all(edges[name][0] <= bits <= edges[name][1] + EDGE_SLACK for name, bits in budgets.items()):
+        if all(edges[name][0] - EDGE_SLACK <= bits <= edges[name][1] + EDGE_SLACK for name, bits in budgets.items()):
             bits = {name: b for group in p.groups for name, b in solve(group, budgets[group.name]).items()}
             point = _allocation(p, bits, f"allocation of {p.kind} bits ({budget:g}, ratio {ratio:g})", ratio)
             points.setdefault(tuple(point.plan.items()), point)
     if not points:
-        lowest = sum(edges[group.name][0] * group.size for group in p.groups) / sum(p.sizes.values())
         raise PlanError(
             f"no plan for {budget:g} mean bits at any of {len(ratios)} ratios from {min(ratios, default=0):g} to "
-            f"{max(ratios, default=0):g}; the lowest possible mean is {lowest:.4f}. Give more bits, or other ratios"
+            f"{max(ratios, default=0):g}; the lowest possible mean is {lowest:.4f} and the highest {highest:.4f}. "
+            + ("Give more bits, or offer narrower widths" if budget < lowest else "Give other ratios, or more bits")
         )
     return list(points.values())
+
+
+def offered_means(sizes: Mapping[str, float], kind: str, family: families.ModelFamily) -> tuple[float, float]:
+    """The lowest and the highest mean bits that :func:`problem` can meet with its widths: known before any score is."""
+    widths = {name: CANDIDATES[kind][CONTENT if family.is_content(name) else QUALITY] for name in sizes}
+    low, high = (sum(pick(widths[n]) * size for n, size in sizes.items()) for pick in (min, max))
+    return low / sum(sizes.values()), high / sum(sizes.values())
 
 
 def least_noise(points: Sequence[Allocation]) -> Allocation:

@@ -1,6 +1,7 @@
 """The 0/1 program behind :mod:`mixdq_ao.allocate`: widths of the layers that one metric judges, under a budget."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -48,9 +49,12 @@ class Group:
 def solve(group: Group, upper: float, lower: float | None = None, time_limit: float = 60.0) -> dict[str, int]:
     """The widths of a group's layers with the highest summed score and mean bits within ``lower`` .. ``upper``.
 
-    Raises ``PlanError`` where no plan fits, saying the lowest and highest mean there is, and where HiGHS does not prove
-    the optimum within ``time_limit`` seconds.
+    An ``upper`` above the highest mean asks for no more than it. Raises ``PlanError`` where no plan fits, saying the
+    lowest and highest mean there is, for edges that are not finite, and where HiGHS does not prove the optimum within
+    ``time_limit`` seconds.
     """
+    for edge in (upper, lower):
+        check_mean_bits(edge, f"{group.name} group")
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -95,6 +99,12 @@ def solve(group: Group, upper: float, lower: float | None = None, time_limit: fl
     return dict(zip(group.scores, bits[chosen].tolist(), strict=True))
 
 
+def check_mean_bits(value: float | None, what: str) -> None:
+    """Raises ``PlanError`` for a budget that is infinite or NaN: one that bounds nothing is a mistake."""
+    if value is not None and not math.isfinite(value):
+        raise PlanError(f"{what}: mean bits must be a finite number; found {value}. Give a number like 4.5")
+
+
 @contextmanager
 def _quiet_solver():
     """Drops what HiGHS writes to stdout: a debugging line here and there, whatever its options say (SciPy 1.17)."""
@@ -132,9 +142,17 @@ def _ordered_pairs(group: Group, loss: np.ndarray) -> list[tuple[int, int]]:
 
 def _infeasible(group: Group, upper: float, lower: float | None) -> PlanError:
     low, high = group.edge_means()
+    advice = _advice(low, high, upper, lower)
     asked = f"at most {upper:g}" + ("" if lower is None else f" and at least {lower:g}")
     return PlanError(
         f"{group.name} group ({len(group.scores)} layers): no plan has {asked} mean bits; with the widths that are "
-        f"offered and scored the lowest mean is {low:.4f} and the highest {high:.4f}. Give the group more bits, or "
-        "offer other widths"
+        f"offered and scored the lowest mean is {low:.4f} and the highest {high:.4f}. {advice}"
     )
+
+
+def _advice(low: float, high: float, upper: float, lower: float | None) -> str:
+    if upper < low:
+        return "Give the group more bits, or offer narrower widths"
+    if lower is not None and lower > high:
+        return "Ask the group for fewer bits, or offer wider widths"
+    return "Put the edges further apart"

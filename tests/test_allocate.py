@@ -22,6 +22,7 @@ from mixdq_ao.allocate import (
     joint,
     least_noise,
     mean_bits_of_bytes,
+    offered_means,
     plot_front,
     problem,
     sweep,
@@ -127,6 +128,15 @@ def invented(seed: int = 0):
     return scores[CONTENT], scores[QUALITY], sizes
 
 
+@pytest.mark.parametrize(
+    "edges, advice", [((1, None), "more bits"), ((9, 8.5), "fewer bits"), ((5, 4.9), "further apart")]
+)
+def test_what_to_do_when_no_plan_fits_a_group(edges, advice):
+    group = Group("g", {"a": {4: 0.5, 8: 1.0}}, {"a": 1.0})
+    with pytest.raises(PlanError, match=advice):
+        solve(group, *edges)
+
+
 def test_sweep_keeps_the_budget_and_the_ratio():
     p = problem(*invented())
     budgets = group_budgets(p, 4.5, 0.7)
@@ -228,7 +238,11 @@ def test_command_line(tmp_path):
         ({"content_bits": 4.0, "quality_bits": 6.0, "one_scale": True}, "joint"),
         ({"content_bits": 1.5, "quality_bits": 5}, r"content group \(8 layers\): no plan has at most 1.5"),
         ({"content_bits": 3, "quality_bits": 3.9}, "quality group .*lowest mean is 4.0000"),
-        ({"budget": 2.5}, "lowest possible mean is"),
+        ({"budget": 2.5}, "lowest possible mean is 2.9455 and the highest 8.0000. Give more bits"),
+        ({"budget": math.inf}, "the budget: mean bits must be a finite number; found inf"),
+        ({"budget": math.nan}, "must be a finite number; found nan"),
+        ({"budget": math.nan, "one_scale": True}, "joint group: mean bits must be a finite number; found nan"),
+        ({"content_bits": math.inf, "quality_bits": 5}, "content group: mean bits must be a finite number; found inf"),
         ({"budget": 4.5, "kind": "bias"}, "kind"),
         ({"budget": 4.5, "protect": ["nothing"]}, "nothing"),
         ({"budget": 4.5, "candidates": {"content": (16,)}}, "no score at any of"),
@@ -237,6 +251,19 @@ def test_command_line(tmp_path):
 def test_what_cannot_be_allocated_is_an_error(kwargs, message):
     with pytest.raises(MixDQError, match=message):
         allocate(*invented(), **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"budget": 16}, {"budget": 16, "one_scale": True}, {"budget_bytes": 1e9}])
+def test_a_budget_above_every_plan_is_met_by_the_widest(options):
+    assert set(allocate(*invented(), **options).values()) == {8}
+
+
+def test_every_mean_that_the_widths_offer_has_a_plan():
+    content, quality, sizes = invented()
+    low, high = offered_means(sizes, "weight", families.SDXL)
+    p = problem(content, quality, sizes)
+    for budget in (low, low + 0.01, (low + high) / 2, high - 0.01, high):
+        assert low - 1e-6 <= max(a.mean_bits for a in sweep(p, budget, progress=False)) <= budget + 1e-6
 
 
 def test_missing_scores_are_an_error():
