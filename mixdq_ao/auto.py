@@ -1,7 +1,8 @@
 """The whole method in one call: calibrate, sensitivity, allocate, choose, round, evaluate, save, report.
 
 Everything lies in one folder, each stage's outcome in a file that is written whole, and every long stage keeps what it
-has done so far: the same call, made again after it was stopped at any point, goes on from there.
+has done so far: the same call, made again after it was stopped at any point, goes on from there. A call that asks for
+something else of the stages after sensitivity, such as another budget, keeps what was calibrated and measured.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch
 from mixdq_ao import allocate as allocation
 from mixdq_ao import families
 from mixdq_ao._version import __version__
-from mixdq_ao.calibrate import calibrate, checked_prompts, digest, run_batches
+from mixdq_ao.calibrate import calibrate, check_methods, checked_prompts, digest, run_batches
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.choose import choose
 from mixdq_ao.config import MixDQConfig, quantize_
@@ -27,7 +28,7 @@ from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate, fingerprin
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.model_file import save
 from mixdq_ao.plan import BitPlan
-from mixdq_ao.program import Group, solve
+from mixdq_ao.program import EDGE_SLACK, Group, check_mean_bits, solve
 from mixdq_ao.report import Point, write_report
 from mixdq_ao.rounding import round_from_data_
 from mixdq_ao.sensitivity import Sensitivity, sensitivity
@@ -35,8 +36,17 @@ from mixdq_ao.tables import Scores, Sizes
 
 CHOSEN = "MixDQ W{bits:g}A8"
 PARAMS, NAIVE_PARAMS, PLAN = "params.safetensors", "params_naive.safetensors", "plan.json"
+CANDIDATES, COMPARED, SQNR_ALONE = "candidates.json", "chosen.json", "plan_sqnr_alone.json"
 RATIO = "ratio"
 MODEL, RESULTS, REPORT = "quantized.safetensors", "results.json", "report.html"
+# The stages after sensitivity, in order: the settings that each is the first to read, and the files that it writes.
+# What they draw is not among the files: evaluate() itself measures again whatever has changed.
+LATER = (
+    (("budget", "candidates"), (CANDIDATES, SQNR_ALONE)),
+    (("seeds", "choose_prompts"), (COMPARED, PLAN)),
+    (("rounding",), (MODEL,)),
+    (("captions", "ablations"), (RESULTS, REPORT)),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,26 @@ class Settings:
     rounding: bool = True
     ablations: bool = False
     seed: int = 0
+
+    def check(self, unet) -> None:
+        """Raises ``MixDQError`` for what a later stage would refuse, after hours maybe."""
+        check_methods(self.method, self.weight_method)
+        for name in ("num_inference_steps", "batch_size", "sensitivity_prompts", "choose_prompts", "candidates"):
+            if getattr(self, name) < 1:
+                raise MixDQError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise MixDQError(f"seeds must be different, at least one; found {list(self.seeds)}")
+        if not math.isfinite(self.guidance_scale):
+            raise MixDQError(f"guidance_scale must be a finite number; found {self.guidance_scale}")
+        check_mean_bits(self.budget, "budget")
+        sizes = {name: math.prod(shape) for name, shape in families.layer_shapes(unet).items()}
+        low, high = allocation.offered_means(sizes, "weight", families.family_of(unet))
+        if not low - EDGE_SLACK <= self.budget <= high + EDGE_SLACK:
+            # Rounded up, so that the budget that is named has a plan.
+            raise MixDQError(
+                f"budget must be from {math.ceil(1e4 * low) / 1e4:.4f} to {high:g} mean bits, with the widths that are "
+                f"offered to the layers of this model; found {self.budget:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,15 +126,18 @@ def auto(
 ) -> Auto:
     """Quantize the UNet of a floating pipeline to a mean width, and say how good it is.
 
-    ``prompts`` calibrate, ``captions`` evaluate; ``out`` is the folder. Raises ``MixDQError`` for a folder that belongs
-    to another call, for a budget that no plan fits, and for whatever the stages refuse.
+    ``prompts`` calibrate, ``captions`` evaluate; ``out`` is the folder. In that of an earlier call calibration and
+    sensitivity are taken as they are, and where this call differs in what comes after them, such as the budget, the
+    outcome of the stages concerned is replaced. Raises ``MixDQError`` for a folder whose calibration or sensitivity
+    belongs to another call, and, before anything is written, for settings that a stage would refuse.
     """
     settings = settings or Settings()
+    settings.check(pipe.unet)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     run = _Run(
         pipe, checked_prompts(prompts, "auto()"), checked_prompts(captions, "auto()"), folder, settings, progress
     )
+    folder.mkdir(parents=True, exist_ok=True)
     run.remember()
     params = run.params(PARAMS, bos=True)
     measured = run.sensitivity(params)
@@ -139,7 +172,10 @@ class _Run:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def remember(self) -> None:
-        """Note what was asked for. Raises ``MixDQError`` where the folder was begun with something else."""
+        """Note what is asked for, and drop what the stages after sensitivity made of something else.
+
+        Raises ``MixDQError`` where the folder's calibration or sensitivity is of something else.
+        """
         own = json.loads(json.dumps(asdict(self.settings)))
         asked = own | {
             "prompts": digest(self.prompts),
@@ -147,16 +183,26 @@ class _Run:
             "unet": fingerprint(self.pipe.unet),
         }
         path = self.folder / "settings.json"
-        if not path.exists():
-            write_text(path, json.dumps(asked, indent=1) + "\n")
-            return
-        found = parse_json(path, "", read_text(path))
-        different = sorted(key for key in {*asked, *found} if asked.get(key) != found.get(key))
-        if different:
+        found = parse_json(path, "", read_text(path)) if path.exists() else asked
+        different = {key for key in {*asked, *found} if asked.get(key) != found.get(key)}
+        later = {key for keys, _ in LATER for key in keys}
+        if different - later:
             raise MixDQError(
-                f"{self.folder}: the folder was begun with other {', '.join(different)}. Give the same arguments to go "
-                "on, or another folder"
+                f"{self.folder}: the folder was begun with other {', '.join(sorted(different - later))}. Give the same "
+                f"arguments to go on, or another folder; only {', '.join(sorted(later))} may change in one folder"
             )
+        # First what is out of date, then the note: stopped in between, neither call takes the other's for its own.
+        self._forget(different)
+        if different or not path.exists():
+            write_text(path, json.dumps(asked, indent=1, allow_nan=False) + "\n")
+
+    def _forget(self, different: set[str]) -> None:
+        """Remove what the first stage that reads one of these settings wrote, and the stages after it."""
+        stale = False
+        for keys, files in LATER:
+            stale = stale or not different.isdisjoint(keys)
+            for file in files if stale else ():
+                (self.folder / file).unlink(missing_ok=True)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +240,7 @@ class _Run:
 
     def candidates(self, measured: Sensitivity) -> list[Candidate]:
         """Plans of the sweep over the ratio of the groups' budgets, and the joint plan where there is one."""
-        path = self.folder / "candidates.json"
+        path = self.folder / CANDIDATES
         if not path.exists():
             problem = self._problem(measured)
             points = allocation.sweep(problem, self.settings.budget, progress=self.progress)
@@ -230,7 +276,7 @@ class _Run:
                 **self.batches,
             )
             marked = [replace(c, ssim=choice.evaluation.row(c.name).mean("ssim")) for c in candidates]
-            write_text(self.folder / "chosen.json", json.dumps([asdict(c) for c in marked], indent=1) + "\n")
+            write_text(self.folder / COMPARED, json.dumps([asdict(c) for c in marked], indent=1) + "\n")
             choice.plan.write(path)
         return BitPlan.read(path)
 
@@ -240,7 +286,7 @@ class _Run:
         variants: dict[str, Recipe] = {"W8A8": MixDQConfig(params, 8, 8), "W4A8": MixDQConfig(params, 4, 8)}
         if self.settings.ablations:
             naive = self.params(NAIVE_PARAMS, bos=False)
-            alone = self.folder / "plan_sqnr_alone.json"
+            alone = self.folder / SQNR_ALONE
             if not alone.exists():
                 self._sqnr_alone(measured).write(alone)
             ends = list(self.shapes)
@@ -342,7 +388,7 @@ class _Run:
         write_text(self.folder / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _compared(self) -> list[Candidate]:
-        path = self.folder / "chosen.json"
+        path = self.folder / COMPARED
         return [Candidate(**values) for values in parse_json(path, "", read_text(path))]
 
     def write_report(self, title, name, plan, measured, evaluation: Evaluation, findings) -> None:

@@ -99,9 +99,7 @@ class Recorder:
     """What was seen of every layer, from :func:`observe`; :meth:`params` turns it into ``QuantParams``."""
 
     def __init__(self, model: nn.Module, method: str = "minmax", weight_method: str = "minmax"):
-        for what, value, known in (("method", method, METHODS), ("weight_method", weight_method, WEIGHT_METHODS)):
-            if value not in known:
-                raise MixDQError(f"{what} must be one of {', '.join(known)}; found {value!r}")
+        check_methods(method, weight_method)
         self._model, self._method, self._weight_method = model, method, weight_method
         family, points = families.family_of(model), families.split_points(model)
         self.watches: dict[str, _Watch] = {}
@@ -277,6 +275,13 @@ def checked_prompts(prompts: Sequence[str], who: str) -> list[str]:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise MixDQError(f"{who} needs a list of prompts; found {prompts!r}")
     return list(prompts)
+
+
+def check_methods(method: str, weight_method: str) -> None:
+    """Raises ``MixDQError`` for rules that :func:`calibrate` does not know."""
+    for what, value, known in (("method", method, METHODS), ("weight_method", weight_method, WEIGHT_METHODS)):
+        if value not in known:
+            raise MixDQError(f"{what} must be one of {', '.join(known)}; found {value!r}")
 
 
 def digest(value) -> str:

@@ -1,11 +1,14 @@
 """The whole method in one call, stopped wherever it can be."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from models import run_unet, unet_inputs
 from pipelines import FakePipeline, prompts
 
 from mixdq_ao import BitPlan, MixDQError, QuantParams, families, files, load
-from mixdq_ao.auto import MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, auto
+from mixdq_ao.auto import CANDIDATES, MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, auto
 
 SETTINGS = Settings(
     budget=5.0, seeds=(0, 1), batch_size=2, sensitivity_prompts=2, choose_prompts=2, candidates=2, ablations=True
@@ -22,8 +25,9 @@ SETTINGS = Settings(
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(folder):
-    return auto(FakePipeline(), prompts(4), ["one", "two"], folder, SETTINGS, title="Test", progress=False)
+def run(folder, captions=("one", "two"), **changes):
+    settings = replace(SETTINGS, **changes)
+    return auto(FakePipeline(), prompts(4), list(captions), folder, settings, title="Test", progress=False)
 
 
 def contents(folder: Path) -> dict:
@@ -103,7 +107,87 @@ def test_goes_on_after_being_killed(whole, tmp_path):
 
 
 def test_a_folder_of_another_call(whole):
-    with pytest.raises(MixDQError, match="begun with other captions"):
-        auto(FakePipeline(), prompts(4), ["other"], whole.folder, SETTINGS, progress=False)
+    before = (whole.folder / "settings.json").read_bytes()
+    with pytest.raises(MixDQError, match="begun with other method, prompts. .* only .*budget.* may change"):
+        auto(
+            FakePipeline(), prompts(3), ["one"], whole.folder, replace(SETTINGS, method="mse", budget=4), progress=False
+        )
     with pytest.raises(MixDQError, match="begun with other unet"):
         auto(FakePipeline(seed=1), prompts(4), ["one", "two"], whole.folder, SETTINGS, progress=False)
+    assert (whole.folder / "settings.json").read_bytes() == before
+    assert (whole.folder / MODEL).exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"budget": 1}, r"budget must be from 3.\d+ to 8 mean bits"),
+        ({"budget": 16}, r"budget must be from 3.\d+ to 8 mean bits"),
+        ({"budget": math.nan}, "budget: mean bits must be a finite number; found nan"),
+        ({"budget": math.inf}, "budget: mean bits must be a finite number; found inf"),
+        ({"method": "bad"}, "method must be one of minmax, .*found 'bad'"),
+        ({"weight_method": "bad"}, "weight_method must be one of"),
+        ({"seeds": ()}, "seeds must be different, at least one"),
+        ({"seeds": (1, 1)}, "seeds must be different, at least one"),
+        ({"batch_size": 0}, "batch_size must be at least 1; found 0"),
+        ({"candidates": 0}, "candidates must be at least 1; found 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(MixDQError, match=message):
+        run(tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_budget_that_the_message_names_has_a_plan(whole, tmp_path):
+    with pytest.raises(MixDQError) as caught:
+        run(tmp_path, budget=1)
+    lowest = float(str(caught.value).split(" to 8")[0].split()[-1])
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    plan = run(folder, budget=lowest, ablations=False).plan
+    assert plan.mean_bits({n: m.weight.numel() for n, m in families.layers_of(FakePipeline().unet).items()}) <= lowest
+
+
+def never(*args, **kwargs):
+    raise AssertionError("done again")
+
+
+def test_another_budget_keeps_calibration_and_sensitivity(whole, tmp_path, monkeypatch):
+    """And gives what a folder of its own gives; back at the first budget everything is as it was."""
+    fresh = run(tmp_path / "fresh", budget=4.5)
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    monkeypatch.setattr("mixdq_ao.auto.calibrate", never)
+    monkeypatch.setattr("mixdq_ao.auto.sensitivity", never)
+    for budget, expected in ((4.5, fresh), (SETTINGS.budget, whole)):
+        result = run(folder, budget=budget)
+        assert result.chosen == expected.chosen and contents(folder) == contents(expected.folder)
+        assert result.model.read_bytes() == expected.model.read_bytes()
+
+
+def test_other_captions_are_evaluated_with_the_same_model(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    monkeypatch.setattr("mixdq_ao.auto.choose", never)
+    monkeypatch.setattr("mixdq_ao.auto.save", never)
+    result = run(folder, captions=["three"])
+    assert result.evaluation.captions == ["three"] and result.plan == whole.plan
+    assert contents(folder)["evaluation"] != contents(whole.folder)["evaluation"]
+
+
+def test_stopped_while_the_budget_changes(whole, tmp_path, monkeypatch):
+    """Nothing of the old budget is taken for the new one, nor the other way round."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+
+    def stop(path, text):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixdq_ao.auto.write_text", stop)
+        with pytest.raises(Stop):
+            run(folder, budget=4.5)
+    assert not any((folder / name).exists() for name in (CANDIDATES, PLAN, MODEL, RESULTS, REPORT))
+    assert run(folder).plan == whole.plan and contents(folder) == contents(whole.folder)
