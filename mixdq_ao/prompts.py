@@ -9,6 +9,7 @@ from mixdq_ao.files import parse_json, reading
 from mixdq_ao.scenes import held_out_captions, is_held_out, sample_scene
 
 MAX_BYTES = 2**30  # COCO's captions_train2017.json has 90 MB
+# To calibrate with, and HELD_OUT to measure with: no prompt is in both.
 BUILT_IN = (
     "a red fox sitting in fresh snow, photo",
     "a bowl of ramen with steam, food photography",
@@ -43,6 +44,40 @@ BUILT_IN = (
     "a pixel art dungeon with a treasure chest",
     "a jazz band on a stage, warm light",
 )
+HELD_OUT = (
+    "a polar bear on drifting ice, documentary photo",
+    "a cheese board with figs and walnuts, top view",
+    "a windmill among tulip fields, impressionist painting",
+    "a brass automaton playing the violin, 3d render",
+    "a young dancer in mid-air, black and white photo",
+    "a parrot wearing aviator goggles, studio portrait",
+    "a waterfall in a rainforest, long exposure",
+    "a quiet library with green reading lamps",
+    "three surfers carrying their boards at dawn",
+    "a slice of chocolate cake on a blue plate",
+    "a yellow bicycle leaning on a wooden fence",
+    "a flock of flamingos in shallow water, drone photo",
+    "a dragon curled around a tower, ink drawing",
+    "a living room with a grey sofa and many plants",
+    "a double-decker bus on a bridge in heavy rain",
+    "a pastel drawing of a harbour in winter",
+    "a macro photo of dew on a spider web",
+    "a typewriter and dried flowers on a desk",
+    "a tennis player serving under floodlights",
+    "an underwater city lit by jellyfish, concept art",
+    "a black cat asleep on a stack of newspapers",
+    "a still life with lemons and a pewter jug",
+    "a fisherman mending nets on a pier at noon",
+    "a knight in armour eating ice cream, comic style",
+    "a bakery window full of bread and pastries",
+    "a hot air balloon over vineyards, clear sky",
+    "a pair of worn leather boots on a doorstep",
+    "a zebra drinking at a waterhole with her foal",
+    "a mosaic of a sun with a human face",
+    "a steam locomotive crossing a stone viaduct",
+    "an isometric model of a tiny island village",
+    "a street violinist in the snow, shallow focus",
+)
 
 
 def read_prompts(path: str | os.PathLike, count: int | None = None) -> list[str]:
@@ -63,11 +98,11 @@ def built_in_prompts(
 ) -> list[str]:
     """Prompts that come along: 32 everyday ones, or with ``scenes`` any number of captions for our own small model.
 
-    ``held_out`` takes captions that the small model has not seen in training; calibration takes the others, so that
-    the pictures that quality is measured on are new to both.
+    Calibration takes these; ``held_out`` takes others to measure quality on, so that those pictures are new to it: 32
+    more everyday ones, or captions that the small model has not seen in training either.
     """
     if not scenes:
-        return _first(list(BUILT_IN), count, "the built-in prompts")
+        return _first(list(HELD_OUT if held_out else BUILT_IN), count, "the list of built-in prompts")
     count = len(BUILT_IN) if count is None else count
     if held_out:
         return held_out_captions(count, seed)

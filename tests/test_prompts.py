@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mixdq_ao import MixDQError
-from mixdq_ao.prompts import BUILT_IN, built_in_prompts, read_prompts
+from mixdq_ao.prompts import BUILT_IN, HELD_OUT, built_in_prompts, read_prompts
 from mixdq_ao.scenes import is_held_out, parse_caption
 
 COCO = {
@@ -65,9 +65,19 @@ def test_broken_text(tmp_path):
 
 
 def test_built_in():
-    assert len(set(BUILT_IN)) == len(BUILT_IN) == 32
+    assert len(BUILT_IN) == len(HELD_OUT) == 32
     assert built_in_prompts() == list(BUILT_IN) and built_in_prompts(3) == list(BUILT_IN[:3])
+    assert built_in_prompts(held_out=True) == list(HELD_OUT)
+    with pytest.raises(MixDQError, match="built-in prompts has 32 prompts; 33 were asked for"):
+        built_in_prompts(33, held_out=True)
     seen, unseen = built_in_prompts(20, scenes=True), built_in_prompts(20, scenes=True, held_out=True)
     assert not any(map(is_held_out, seen)) and all(map(is_held_out, unseen))
     assert all(parse_caption(c) for c in seen + unseen)
     assert built_in_prompts(5, scenes=True) == seen[:5]
+
+
+@pytest.mark.parametrize("scenes, count", [(False, None), (True, 200)])
+def test_what_is_measured_on_is_not_what_was_calibrated_on(scenes, count):
+    calibration = built_in_prompts(count, scenes=scenes)
+    measured = built_in_prompts(count, scenes=scenes, held_out=True)
+    assert len(set(measured)) == len(measured) and not set(calibration) & set(measured)
