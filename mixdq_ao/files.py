@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixdq_ao.errors import CheckpointError
+from mixdq_ao.errors import CheckpointError, MixDQError
 
 MAX_TEXT_BYTES = 16 * 2**20  # plans, name lists and headers; real ones are under 2 MiB
 MAX_DIMENSIONS = 8
@@ -62,6 +62,27 @@ def replacing(path):
 def write_text(path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def writable_file(path) -> Path:
+    """``path`` as a ``Path``, its folder made: to be asked before work that would be lost. Raises ``MixDQError``."""
+    path = Path(path)
+    if path.is_dir():
+        raise MixDQError(f"{path}: cannot be written, for it is a folder; name a file in it")
+    writable_folder(path.parent)
+    return path
+
+
+def writable_folder(path) -> Path:
+    """``path`` as a ``Path``, made where it is missing. Raises ``MixDQError`` where nothing can be written to it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MixDQError(f"{path}: cannot be a folder ({error.strerror}); give another") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise MixDQError(f"{path}: no permission to write to this folder; give another")
+    return path
 
 
 def regular_file(path) -> Path:
