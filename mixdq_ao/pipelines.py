@@ -10,6 +10,14 @@ from mixdq_ao.tiny_model import load_tiny_sdxl
 TINY = "tiny-sdxl"
 
 
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype as an argument of ``from_pretrained``: diffusers renamed it, and older ones ignore the new name."""
+    import diffusers
+
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
+
+
 def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None = None):
     """The pipeline ``tiny-sdxl``, or one of diffusers from a folder or the local cache of a Hub name; without its
     progress bars. ``dtype`` is float32 on a CPU and float16 on a GPU by default.
@@ -22,7 +30,7 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(os.fspath(name), torch_dtype=dtype, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(os.fspath(name), **in_dtype(dtype), local_files_only=True)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MixDQError(

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mixdq_ao.errors import MixDQError, UnsupportedError
-from mixdq_ao.files import parse_json, read_text
-from mixdq_ao.pipelines import TINY
+from mixdq_ao.files import first_line, parse_json, read_text
+from mixdq_ao.pipelines import TINY, in_dtype
 from mixdq_ao.tiny_model import TINY_SDXL
 
 SDXL = "sdxl"
@@ -53,7 +53,7 @@ def find_model(name: str, layers: int | None = None, seed: int = 0) -> Source:
     """
     if name == SDXL or name.endswith(".json"):
         config = SDXL_CONFIG if name == SDXL else _read_config(name)
-        return Source(name, _random(_with_layers(config, layers), seed))
+        return Source(name, _random(name, _with_layers(name, config, layers), seed))
     if layers is not None:
         raise MixDQError(f"--layers leaves out layers of {SDXL} or of a config.json; {name} has weights for all of its")
     return _stored(name, TINY_SDXL if name == TINY else name)
@@ -66,13 +66,21 @@ def _read_config(path: str) -> dict:
     return config
 
 
-def _with_layers(config: Mapping, layers: int | None) -> dict:
-    key = "transformer_layers_per_block"
+def _with_layers(name: str, config: Mapping, layers: int | None) -> dict:
     if layers is None:
         return dict(config)
-    depth = config.get(key, 1)
-    shorter = min(depth, layers) if isinstance(depth, int) else [min(d, layers) for d in depth]
-    return {**config, key: shorter}
+    # The second is for up blocks that are no mirror image of the down blocks.
+    keys = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+    shorter = {key: _at_most(layers, config[key], f"{name}: '{key}'") for key in keys if config.get(key) is not None}
+    return {**config, **shorter}
+
+
+def _at_most(layers: int, depth, what: str) -> int | list:
+    if type(depth) is int:
+        return min(depth, layers)
+    if not isinstance(depth, list | tuple):
+        raise MixDQError(f"{what} must be a number or a list of numbers; found {depth!r}")
+    return [_at_most(layers, d, what) for d in depth]
 
 
 def _model_class(config: Mapping, name: str):
@@ -84,11 +92,11 @@ def _model_class(config: Mapping, name: str):
     return found
 
 
-def _random(config: Mapping, seed: int) -> Callable[[torch.dtype, torch.device], nn.Module]:
+def _random(name: str, config: Mapping, seed: int) -> Callable[[torch.dtype, torch.device], nn.Module]:
     """Builds on the device and in the dtype at once: no copy of the weights is ever made elsewhere."""
+    model_class = _model_class(config, name)
 
     def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
-        model_class = _model_class(config, SDXL)
         before = torch.get_default_dtype()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -96,6 +104,12 @@ def _random(config: Mapping, seed: int) -> Callable[[torch.dtype, torch.device],
             try:
                 with device:
                     model = model_class.from_config(dict(config))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a constructor meets whatever a file says, and raises almost anything
+                raise MixDQError(
+                    f"{name}: diffusers makes no {model_class.__name__} of this configuration ({first_line(error)})"
+                ) from error
             finally:
                 torch.set_default_dtype(before)
         return model.eval().requires_grad_(False)
@@ -116,7 +130,7 @@ def _stored(name: str, where: str | os.PathLike) -> Source:
     subfolder = {"subfolder": "unet"} if in_pipeline else {}
 
     def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
-        model = model_class.from_pretrained(where, torch_dtype=dtype, local_files_only=True, **subfolder)
+        model = model_class.from_pretrained(where, **in_dtype(dtype), local_files_only=True, **subfolder)
         return model.to(device).eval().requires_grad_(False)
 
     vae = _config_of(where, "vae") if in_pipeline else None
