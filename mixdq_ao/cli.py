@@ -533,10 +533,16 @@ def bench(
         return
     if out is not None and out.exists() and not (resume or force):
         raise MixDQError(f"{out} exists; give --resume to go on from it, or --force to replace it")
+    if resume and force:
+        raise MixDQError("--resume keeps the rows of OUT and --force replaces them; give one of the two")
+    if plot is not None:
+        library.check_plot(plot)
+        if out is not None and plot.resolve() == out.resolve():
+            raise MixDQError(f"{out}: the plot would replace the results; give --plot another file")
     result = library.run_bench(
         model,
         batches=batch or [1],
-        variants=names or None,
+        variants=names if variants else None,
         repeats=repeats,
         warmup=warmup,
         cold=cold,
@@ -549,12 +555,23 @@ def bench(
         progress=False if json else None,
         **options,
     )
+    _print_bench(result, json)
+    # After the numbers, which a plot that fails must not take along.
+    if all(row.error for row in result.rows):
+        if plot is not None:
+            print(f"nothing was measured, so {plot} is not written", file=sys.stderr)
+        raise typer.Exit(1)
     if plot is not None:
         library.write_plot(result, plot)
+
+
+def _print_bench(result, json: bool) -> None:
+    from mixdq_ao.bench import table
+
     if json:
         print(jsonlib.dumps(result.to_json(), indent=1))
         return
-    title, header, rows, lines = library.table(result)
+    title, header, rows, lines = table(result)
     _print_table(title, header, rows)
     for line in lines:
         _console().print(escape(line), soft_wrap=True, highlight=False)

@@ -1,10 +1,12 @@
 """The benchmark: which variants there are, what a row says, and that nothing measured is ever lost."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -177,6 +179,60 @@ def test_a_plan_is_one_more_variant(config, tmp_path):
     assert "of.a.layer.that.was.left.out" in strict.rows[0].error
 
 
+def test_a_plan_is_measured_beside_the_variants_that_are_named(config, tmp_path):
+    plan = tmp_path / "all_8.json"
+    BitPlan.uniform(families.layers_of(models.find_model(config).build(torch.float32, CPU)), 8).write(plan)
+    found = bench(config, ["float"], plan=plan, compile=False)
+    assert [(r.variant, r.error) for r in found.rows] == [("fp32", ""), ("all_8-eager", "")]
+    assert variants.with_plan(["plan-eager", "w8a8"]) == ["plan-eager", "w8a8"]
+
+
+def test_an_output_with_nan_is_not_one_that_is_unknown_or_the_same(config, tmp_path, monkeypatch, capfd):
+    def broken(model, prepared):
+        model.conv_out.bias.data[0] = float("nan")
+
+    monkeypatch.setitem(variants._TORCHAO, "torchao-int8", broken)
+    out = tmp_path / "bench.json"
+    run_bench(config, size=SIZE, variants=["float", "torchao-int8-eager"], repeats=2, warmup=1, out=out)
+    found = Results.read(out)
+    fine, row = found.rows
+    assert fine.same and not fine.nonfinite
+    assert row.nonfinite and not row.same and row.sqnr is None and not row.error
+    _, header, cells, lines = table(found)
+    assert [c[header.index("SQNR dB")] for c in cells] == ["same", "NaN"]
+    assert lines == ["torchao-int8-eager, batch 1: its output holds NaN or infinity"]
+    assert "ms, its output holds NaN or infinity\n" in capfd.readouterr().err
+
+
+def test_agreement():
+    one, infinite = torch.ones(2), torch.tensor([1.0, float("inf")])
+    assert results.agreement(one, one) == {"sqnr": None, "same": True, "nonfinite": False}
+    assert results.agreement(one, 1.1 * one)["sqnr"] == pytest.approx(20, abs=1e-3)
+    unknown = {"sqnr": None, "same": False, "nonfinite": False}
+    assert results.agreement(None, one) == results.agreement(infinite, one) == unknown
+    for reference in (None, one, infinite):
+        assert results.agreement(reference, infinite) == {**unknown, "nonfinite": True}
+
+
+def test_a_floating_output_with_nan_is_noted_once(config, tmp_path, monkeypatch):
+    real = models._random
+
+    def broken(*args):
+        def build(dtype, device):
+            model = real(*args)(dtype, device)
+            model.conv_out.bias.data[0] = float("nan")
+            return model
+
+        return build
+
+    monkeypatch.setattr(models, "_random", broken)
+    out = tmp_path / "bench.json"
+    bench(config, ["float"], out=out)
+    found = bench(config, ["float", "float-compiled"], out=out, resume=True, compile_limit=0.001)
+    assert found.notes == ["batch 1: the floating output holds NaN or infinity, so nothing can be compared with it"]
+    assert found.rows[0].nonfinite and not found.rows[0].same
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +313,59 @@ def test_stored_models(tmp_path):
         models.find_model(str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "layers", "message"),
+    [
+        ({"_class_name": "Autoencoder"}, None, "bad.json: a UNet of diffusers can be measured; found 'Autoencoder'"),
+        ({"transformer_layers_per_block": "2"}, 1, "bad.json: 'transformer_layers_per_block' must be a .*; found '2'"),
+        ({"transformer_layers_per_block": [1, None]}, 1, "must be a number or a list of numbers; found None"),
+        ({"transformer_layers_per_block": "2"}, None, "bad.json: diffusers makes no UNet2DConditionModel of this"),
+        ({"down_block_types": ["NoBlock"]}, None, "bad.json: diffusers makes no UNet2DConditionModel of this"),
+    ],
+)
+def test_configurations_that_are_no_model(config, tmp_path, changed, layers, message):
+    with open(config) as file:
+        content = json.load(file)
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**content, **changed}))
+    with pytest.raises(MixDQError, match=message):
+        models.find_model(str(path), layers).build(torch.float32, CPU)
+
+
+def test_layers_are_left_out_of_every_block():
+    deep = {"transformer_layers_per_block": [1, 4], "reverse_transformer_layers_per_block": [[4, 1], 2], "other": 9}
+    shallow = {
+        "transformer_layers_per_block": [1, 2],
+        "reverse_transformer_layers_per_block": [[2, 1], 2],
+        "other": 9,
+    }
+    assert models._with_layers("deep", deep, 2) == shallow
+    assert models._with_layers("deep", deep, None) == deep and models._with_layers("flat", {}, 1) == {}
+
+
+def test_dtypes_are_given_under_the_name_that_diffusers_knows(tmp_path, monkeypatch, caplog):
+    import diffusers
+
+    from mixdq_ao import pipelines
+
+    pipelines.load_pipeline("tiny-sdxl").save_pretrained(tmp_path)
+    caplog.clear()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*torch_dtype")
+        assert pipelines.load_pipeline(tmp_path, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+        assert models.find_model(str(tmp_path)).build(torch.bfloat16, CPU).dtype == torch.bfloat16
+    assert "dtype" not in caplog.text
+    for version, name in (
+        ("0.35.2", "torch_dtype"),
+        ("0.39.0", "torch_dtype"),
+        ("0.40.0", "dtype"),
+        ("1.0.0", "dtype"),
+    ):
+        monkeypatch.setattr(diffusers, "__version__", version)
+        assert pipelines.in_dtype(torch.float16) == {name: torch.float16}
+
+
 def test_inputs_fit_unets_with_and_without_conditions(config):
     from diffusers import UNet2DConditionModel, UNet2DModel
 
@@ -302,11 +411,18 @@ def test_conditions_that_are_not_known(config):
         ({"device": "tpu"}, "device must be cpu"),
         ({"batches": [0]}, "batch must be at least 1"),
         ({"memory_snapshot": "m.pickle"}, "CUDA's allocator"),
+        ({"compile_limit": 0.0}, "compile_limit must be a positive number of seconds; found 0.0"),
+        ({"compile_limit": -1.0}, "compile_limit must be a positive number"),
+        ({"compile_limit": float("nan")}, "compile_limit must be a positive number"),
+        ({"compile_limit": 1e300}, "compile_limit must be a positive number"),
+        ({"resume": True}, "give that file as out"),
     ],
 )
 def test_arguments_that_cannot_be_followed(config, options, message):
     with pytest.raises(MixDQError, match=message):
         bench(config, ["float"], **options)
+    with pytest.raises(MixDQError, match="nothing to measure"):
+        bench(config, [])
     with pytest.raises(MixDQError, match="multiple of 8"):
         run_bench(config, size=60)
 
@@ -463,6 +579,87 @@ def test_command_writes_prints_and_does_not_replace_unasked(config, tmp_path):
         CliRunner().invoke(app, command, catch_exceptions=False)
     again = CliRunner().invoke(app, [*command, "--resume", "--json"], catch_exceptions=False)
     assert json.loads(again.stdout) == json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "bench.foo"], "bench.foo: a plot is a file of one of these suffixes: .*png"),
+        (["--plot", "folder.png"], "folder.png: cannot be written, for it is a folder"),
+        (["--plot", "file/bench.png"], "file: cannot be a folder"),
+        (["--out", "folder.png", "--force"], "folder.png: cannot be written, for it is a folder"),
+        (["--out", "file/bench.json"], "file: cannot be a folder"),
+        (["--profile", "file"], "file: cannot be a folder"),
+        (["--out", "a.png", "--plot", "../here/a.png"], "the plot would replace the results"),
+        (["--resume"], "give that file as out"),
+        (["--resume", "--force", "--out", "a.json"], "give one of the two"),
+        (["--variants", ","], "nothing to measure"),
+        (["--variants", ",", "--plan", "plan.json"], "nothing to measure"),
+    ],
+)
+def test_command_refuses_before_it_measures(config, tmp_path, monkeypatch, options, message):
+    here = tmp_path / "here"
+    (here / "folder.png").mkdir(parents=True)
+    (here / "file").touch()
+    BitPlan({"conv_in": 8}).write(here / "plan.json")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(run._Bench, "run", lambda *args: pytest.fail("measured"))
+    with pytest.raises(MixDQError, match=message):
+        CliRunner().invoke(app, ["bench", config, "--size", str(SIZE), *options], catch_exceptions=False)
+
+
+def test_command_makes_folders_and_prints_before_it_plots(config, tmp_path, monkeypatch):
+    out, plot = tmp_path / "none/bench.json", tmp_path / "of these/bench.svg"
+    command = [
+        "bench",
+        config,
+        "--size",
+        str(SIZE),
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--out",
+        str(out),
+        "--plot",
+        str(plot),
+    ]
+
+    def no_disk(*args):
+        raise MixDQError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixdq_ao.bench.write_plot", no_disk)
+        result = CliRunner().invoke(app, [*command, "--variants", "float"])
+    assert "fp32" in result.stdout and str(result.exception) == "no space left"
+    result = CliRunner().invoke(app, [*command, "--variants", "float", "--resume"], catch_exceptions=False)
+    assert result.exit_code == 0 and "<svg" in plot.read_text() and len(Results.read(out).rows) == 1
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_command_fails_when_every_variant_does(config, tmp_path, monkeypatch, json_too):
+    def broken(model, prepared):
+        raise RuntimeError("not here")
+
+    monkeypatch.setitem(variants._TORCHAO, "torchao-int8", broken)
+    command = [
+        "bench",
+        config,
+        "--size",
+        str(SIZE),
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--plot",
+        str(tmp_path / "a.png"),
+    ]
+    command += ["--json"] if json_too else []
+    result = CliRunner().invoke(app, [*command, "--variants", "torchao-int8"], catch_exceptions=False)
+    assert result.exit_code == 1 and "RuntimeError: not here" in result.stdout
+    assert "nothing was measured, so" in result.stderr and not (tmp_path / "a.png").exists()
+    result = CliRunner().invoke(app, [*command, "--variants", "torchao-int8,float"], catch_exceptions=False)
+    assert result.exit_code == 0 and (tmp_path / "a.png").exists()
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

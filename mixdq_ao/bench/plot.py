@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mixdq_ao.bench.results import Results, Row
 from mixdq_ao.errors import MixDQError
-from mixdq_ao.files import replacing
+from mixdq_ao.files import replacing, writable_file
 from mixdq_ao.summary import MIB
 
 _FLOATING, _OTHERS, _OURS = "#8a8a8a", "#56b4e9", "#d55e00"
@@ -14,15 +14,27 @@ _MARKERS = "osD^v"
 _DTYPES = ("fp16", "bf16", "fp32")
 
 
+def check_plot(path: str | Path) -> None:
+    """Raises ``MixDQError`` where :func:`write_plot` could not write: to be asked before anything is measured."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise MixDQError("a plot needs matplotlib: pip install 'mixdq_ao[method]'") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if _format(path) not in known:
+        raise MixDQError(f"{path}: a plot is a file of one of these suffixes: {', '.join(sorted(known))}")
+    writable_file(path)
+
+
 def write_plot(results: Results, path: str | Path) -> None:
-    """Writes a PNG (or what the suffix says), whole or not at all. Raises ``MixDQError`` without a measured row."""
+    """Writes a PNG (or what the suffix says), whole or not at all. Raises ``MixDQError`` without a measured row, and
+    where :func:`check_plot` does."""
+    check_plot(path)
     measured = [r for r in results.rows if not r.error]
     if not measured:
         raise MixDQError("nothing was measured, so there is nothing to plot; the table says why")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MixDQError("a plot needs matplotlib: pip install 'mixdq_ao[method]'") from None
+    from matplotlib.figure import Figure
+
     batches = sorted({r.batch for r in measured})
     first = [r for r in measured if r.batch == batches[0]]
     panels = 3 if len(batches) > 1 else 2
@@ -35,7 +47,11 @@ def write_plot(results: Results, path: str | Path) -> None:
     s = results.settings
     figure.suptitle(f"{Path(s.model).name} UNet, {s.size} px, on {_hardware(results)}", fontsize=11)
     with replacing(path) as file:
-        figure.savefig(file, dpi=150, format=Path(path).suffix.lstrip(".") or "png")
+        figure.savefig(file, dpi=150, format=_format(path))
+
+
+def _format(path: str | Path) -> str:
+    return Path(path).suffix.lstrip(".").lower() or "png"
 
 
 def _hardware(results: Results) -> str:

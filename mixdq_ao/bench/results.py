@@ -5,13 +5,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from torch import Tensor
+
 from mixdq_ao.bench.timing import Times
 from mixdq_ao.errors import CheckpointError
+from mixdq_ao.evaluate import sqnr
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.summary import MIB
 
 FORMAT = "mixdq_ao.bench"
 FORMAT_VERSION = 1
+NOT_FINITE = "its output holds NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Row:
     ``latency``: of a CUDA graph's replays on a GPU, of calls on a CPU; ``call_ms``: median of calls without a graph, on
     a GPU; ``static``, ``activation``: parameters and buffers, and what is allocated at most on top while running;
     ``held``: what the allocator held at rest, on a GPU; ``sqnr``: dB against the floating eager output, None where that
-    did not fit in memory, or where this is the ``same``; ``compile_s``: seconds of the first call, which compiles;
-    ``run``: when its run was started.
+    did not fit in memory or was not finite, where this is the ``same``, or where this is ``nonfinite``, which is to say
+    that it holds NaN or infinity; ``compile_s``: seconds of the first call, which compiles; ``run``: when its run was
+    started.
     """
 
     variant: str
@@ -53,6 +58,7 @@ class Row:
     held: int | None = None
     sqnr: float | None = None
     same: bool = False
+    nonfinite: bool = False
     compile_s: float | None = None
 
     @property
@@ -123,9 +129,12 @@ def _row(values: dict) -> Row:
     return Row(latency=None if latency is None else Times(**latency), **fields)
 
 
-def agreement(sqnr: float) -> dict:
-    """The row's ``sqnr`` and ``same``: JSON has no infinity, which is the SQNR of equal outputs, and no NaN."""
-    return {"sqnr": sqnr if math.isfinite(sqnr) else None, "same": sqnr == math.inf}
+def agreement(reference: Tensor | None, output: Tensor) -> dict:
+    """The row's ``sqnr``, ``same`` and ``nonfinite``: JSON has no infinity, which is the SQNR of equal outputs, and no
+    NaN."""
+    nonfinite = not output.isfinite().all().item()
+    value = math.nan if reference is None or nonfinite else sqnr(reference, output)
+    return {"sqnr": value if math.isfinite(value) else None, "same": value == math.inf, "nonfinite": nonfinite}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -138,7 +147,7 @@ def table(results: Results) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]
     s = results.settings
     kind = "CUDA graph replays" if s.device.startswith("cuda") else "calls"
     title = f"{s.model}, {s.size} px, {s.dtype}, on {s.device}: median of {s.repeats} {kind}"
-    lines = [f"{r.variant}, batch {r.batch}: {r.error}" for r in results.rows if r.error]
+    lines = [f"{r.variant}, batch {r.batch}: {r.error or NOT_FINITE}" for r in results.rows if r.error or r.nonfinite]
     if len({r.run for r in results.rows}) > 1:
         lines.append("Rows come from several runs: ratios between them are less certain than within one.")
     return title, header, [_cells(r, results) for r in results.rows], lines + results.notes
@@ -156,6 +165,12 @@ def _cells(r: Row, results: Results) -> tuple[str, ...]:
         "-" if speedup is None else f"{speedup:.2f}x",
         "-" if r.call_ms is None else f"{r.call_ms:.2f}",
         *(f"{b / MIB:.1f}" for b in (r.static, r.activation, r.peak)),
-        "same" if r.same else "-" if r.sqnr is None else f"{r.sqnr:.1f}",
+        _agreement_cell(r),
         "-" if r.compile_s is None else f"{r.compile_s:.1f}",
     )
+
+
+def _agreement_cell(r: Row) -> str:
+    if r.nonfinite:
+        return "NaN"
+    return "same" if r.same else "-" if r.sqnr is None else f"{r.sqnr:.1f}"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,7 +20,7 @@ from mixdq_ao import families
 from mixdq_ao.bench import timing, tracing
 from mixdq_ao.bench.inputs import make_inputs
 from mixdq_ao.bench.models import SDXL, Source, find_model
-from mixdq_ao.bench.results import Results, Row, Settings, agreement
+from mixdq_ao.bench.results import NOT_FINITE, Results, Row, Settings, agreement
 from mixdq_ao.bench.turns import Turns, within
 from mixdq_ao.bench.variants import (
     COMPILED,
@@ -29,12 +30,12 @@ from mixdq_ao.bench.variants import (
     default_names,
     float_name,
     parse_variants,
+    with_plan,
 )
 from mixdq_ao.calibrate import observe
 from mixdq_ao.doctor import examine
 from mixdq_ao.errors import MixDQError
-from mixdq_ao.evaluate import sqnr
-from mixdq_ao.files import first_line
+from mixdq_ao.files import first_line, writable_file, writable_folder
 from mixdq_ao.memory import measure_memory
 from mixdq_ao.progress import between
 
@@ -88,6 +89,8 @@ def run_bench(
     A variant that fails (not supported here, out of memory) becomes a row that says why. Raises ``MixDQError`` for
     arguments that cannot be followed.
     """
+    if variants and plan is not None:
+        variants = with_plan(variants)
     bench = _Bench(
         model, batches, variants, size=size, device=device, dtype=dtype, plan=plan, compile=compile, layers=layers,
         channels_last=channels_last, repeats=repeats, warmup=warmup, cold=cold, seed=seed, profile=profile,
@@ -95,6 +98,13 @@ def run_bench(
     )  # fmt: skip
     if jobs < 1:
         raise MixDQError(f"jobs must be at least 1; found {jobs}")
+    if resume and out is None:
+        raise MixDQError("resume keeps the rows of a file that an earlier run wrote; give that file as out (--out)")
+    for path in (out, memory_snapshot):
+        if path is not None:
+            writable_file(path)
+    if profile is not None:
+        writable_folder(profile)
     return bench.run(None if out is None else Path(out), resume, progress, jobs)
 
 
@@ -122,13 +132,17 @@ class _Bench:
         for what, values in (("batch", self.batches), ("repeats", [repeats]), ("size", [size])):
             if not values or min(values) < 1:
                 raise MixDQError(f"{what} must be at least 1; found {values}")
+        # A timer knows no other; 0 would switch it off.
+        if compile_limit is not None and not 0 < compile_limit <= threading.TIMEOUT_MAX:
+            raise MixDQError(f"compile_limit must be a positive number of seconds; found {compile_limit}")
         self.source: Source = find_model(model, layers, seed)
         if size % self.source.latent_scale:
             raise MixDQError(f"size must be a multiple of {self.source.latent_scale} pixels; found {size}")
         plan = None if plan is None else os.fspath(plan)
         self.variants = parse_variants(
-            variants or default_names(self.device, compile, plan is not None), self.dtype, plan, layers is None, compile
-        )
+            default_names(self.device, compile, plan is not None) if variants is None else variants,
+            self.dtype, plan, layers is None, compile,
+        )  # fmt: skip
         self.settings = Settings(
             model, size, float_name(self.dtype), str(self.device), plan, layers, channels_last, repeats, warmup, cold,
             seed,
@@ -150,6 +164,7 @@ class _Bench:
             self.advance("waiting while another run measures on this device", 0)
             with self.turns.together():
                 prepared = self._prepare() if todo else Prepared()
+            results.notes += [note for note in _not_comparable(prepared) if note not in results.notes]
             for rows in self._all(todo, prepared, started, jobs):
                 kept.update({(r.variant, r.batch): r for r in rows})
                 results.rows = _ordered(kept, self.variants, self.batches)
@@ -342,9 +357,7 @@ class _Bench:
             with tracing.marked(f"{name}, graph", device):
                 times = timing.time_replays(graph, s.repeats, s.warmup)
         found["latency"] = times
-        if batch in prepared.outputs:
-            found |= agreement(sqnr(prepared.outputs[batch], output.float().cpu()))
-        return found
+        return found | agreement(prepared.outputs.get(batch), output.float().cpu())
 
     def _call_tools(self, variants: list[Variant]) -> list[str]:
         """nsys and ncu, each on one step of each variant, where they are."""
@@ -390,9 +403,18 @@ def _shared_threads(jobs: int) -> Iterator[None]:
             del os.environ[name]
 
 
+def _not_comparable(prepared: Prepared) -> list[str]:
+    return [
+        f"batch {batch}: the floating output holds NaN or infinity, so nothing can be compared with it"
+        for batch, output in prepared.outputs.items()
+        if not output.isfinite().all()
+    ]
+
+
 def _line(row: Row) -> str:
     compiled = "" if row.compile_s is None else f", compiled in {row.compile_s:.1f} s"
-    return f"{row.variant}, batch {row.batch}: {row.error or f'{row.latency.median:.2f} ms{compiled}'}"
+    broken = f", {NOT_FINITE}" if row.nonfinite else ""
+    return f"{row.variant}, batch {row.batch}: {row.error or f'{row.latency.median:.2f} ms{compiled}{broken}'}"
 
 
 def _device(name: str) -> torch.device:

@@ -62,6 +62,15 @@ def default_names(device: torch.device, compile: bool, plan: bool) -> list[str]:
     return [*names, "w8a8", "w4a8", "w8a16", "w4a16", *([PLAN] if plan else ())]
 
 
+def with_plan(names: Sequence[str]) -> list[str]:
+    """These, and the plan as one more where they do not name it."""
+    return [*names, *(() if _asks_plan(names) else (PLAN,))]
+
+
+def _asks_plan(names: Sequence[str]) -> bool:
+    return PLAN in {name.removesuffix(EAGER) for name in names}
+
+
 def parse_variants(
     names: Sequence[str], dtype: torch.dtype, plan: str | None = None, whole: bool = True, compile: bool = True
 ) -> list[Variant]:
@@ -72,7 +81,7 @@ def parse_variants(
     bits = None
     if plan is not None:
         bits = BitPlan.read(plan)
-    elif PLAN in {name.removesuffix(EAGER) for name in names}:
+    elif _asks_plan(names):
         raise MixDQError(f"the variant {PLAN!r} needs --plan, a file with the bits of each layer's weight")
     found = {}
     for name in names:
