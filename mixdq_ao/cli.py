@@ -531,7 +531,7 @@ def bench(
     if step_only:
         library.run_step(model, names[0], (batch or [1])[0], **options)
         return
-    if out is not None and out.exists() and not (resume or force):
+    if out is not None and out.is_file() and not (resume or force):
         raise MixDQError(f"{out} exists; give --resume to go on from it, or --force to replace it")
     if resume and force:
         raise MixDQError("--resume keeps the rows of OUT and --force replaces them; give one of the two")

@@ -588,6 +588,7 @@ def test_command_writes_prints_and_does_not_replace_unasked(config, tmp_path):
         (["--plot", "folder.png"], "folder.png: cannot be written, for it is a folder"),
         (["--plot", "file/bench.png"], "file: cannot be a folder"),
         (["--out", "folder.png", "--force"], "folder.png: cannot be written, for it is a folder"),
+        (["--out", "folder.png"], "folder.png: cannot be written, for it is a folder"),
         (["--out", "file/bench.json"], "file: cannot be a folder"),
         (["--profile", "file"], "file: cannot be a folder"),
         (["--out", "a.png", "--plot", "../here/a.png"], "the plot would replace the results"),
