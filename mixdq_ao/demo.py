@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mixdq_ao import families
-from mixdq_ao.calibrate import calibrate
+from mixdq_ao.calibrate import calibrate, generators
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.evaluate import mean_weight_bits, psnr, sqnr, ssim
 from mixdq_ao.files import replacing, write_text
 from mixdq_ao.memory import Memory, measure_memory
-from mixdq_ao.pipelines import TINY, load_pipeline
+from mixdq_ao.pipelines import TINY, checked_device, load_pipeline
 from mixdq_ao.progress import track
 from mixdq_ao.prompts import built_in_prompts
 from mixdq_ao.scene_reader import caption_accuracy
 from mixdq_ao.scenes import parse_caption
 
 CALIBRATION_PROMPTS = 16
+BATCH_SIZE = 8
+SHOWN = 16  # captions on the sheet: a file of captions may have thousands
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Variant:
 class Row:
     """What was measured of a variant. Ratios are against the float32 pictures of the same captions and seed.
 
-    Memory in MiB of the UNet alone at the batch size of the run, ``seconds`` for the whole pipeline and one picture,
-    ``unet_ms`` the median of the UNet's calls for the batch; ``sqnr`` of the first UNet output in dB; ``accuracy`` None
-    where the pictures cannot be read.
+    Memory in MiB of the UNet alone for the first batch (of 8 pictures, where there are as many), ``seconds`` for the
+    whole pipeline and one picture, ``unet_ms`` the median of the UNet's calls, one for each batch and step; ``sqnr`` of
+    the first UNet output in dB; ``accuracy`` None where the pictures cannot be read.
     """
 
     name: str
@@ -116,9 +118,11 @@ def run_demo(
     """Calibrate, quantize, generate and compare; writes ``demo.png`` and ``demo.json`` into the folder ``out``.
 
     ``model`` is a diffusers pipeline folder, None for our own small model, whose pictures can be read back and
-    compared with their captions. The same generator seed is used for every variant.
+    compared with their captions. Without ``prompts`` those that come along are drawn, ``pictures`` of them. Pictures
+    are drawn in batches, with the same noise for every variant; the picture that is written shows the first captions.
+    What is drawn is never what was calibrated with.
     """
-    where = torch.device(device)
+    where = checked_device(device)
     pipe = load_pipeline(model or TINY, device, torch.float32)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -126,14 +130,14 @@ def run_demo(
     params = calibrate(pipe, calibration, num_inference_steps=steps, seed=seed + 1, progress=progress)
     float_unet = pipe.unet
     reference = _generate(pipe, captions, steps, seed)
-    rows, columns = [], {"float32": reference.images}
+    rows, columns = [], {"float32": reference.images[:SHOWN]}
     todo = variants(where)
     for variant in track(todo, "Generating", len(todo), progress):
         pipe.unet = copy.deepcopy(float_unet).to(variant.dtype)
         if variant.config is not None:
             quantize_(pipe.unet, variant.config(params, float_unet), progress=False)
         drawn = _generate(pipe, captions, steps, seed)
-        columns[variant.name] = drawn.images
+        columns[variant.name] = drawn.images[:SHOWN]
         rows.append(
             Row(
                 variant.name,
@@ -148,26 +152,27 @@ def run_demo(
             )
         )
     result = Demo(rows, captions, steps, device, out / "demo.png", out / "demo.json")
-    _write_picture(result.picture, columns, captions)
+    _write_picture(result.picture, columns, captions[:SHOWN])
     write_text(result.json, json.dumps(_as_json(result, seed), indent=1) + "\n")
     return result
 
 
 def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[str], list[str]]:
-    """Captions to draw, and captions to calibrate with."""
-    if prompts:
-        if readable:
-            for prompt in prompts:
-                parse_caption(prompt)  # raises for what the small model does not know, before anything is drawn
-        return list(prompts), list(prompts)
-    drawn = built_in_prompts(pictures, scenes=readable, held_out=readable, seed=seed)
-    return drawn, built_in_prompts(CALIBRATION_PROMPTS, scenes=readable, seed=seed)
+    """Captions to draw, and others to calibrate with."""
+    if prompts and readable:
+        for prompt in prompts:
+            parse_caption(prompt)  # raises for what the small model does not know, before anything is drawn
+    drawn = list(prompts or built_in_prompts(pictures, scenes=readable, held_out=True, seed=seed))
+    known = set(drawn)
+    # A file of captions may hold some of those that come along: so many more are asked for, where there are more.
+    others = built_in_prompts(CALIBRATION_PROMPTS + len(known) if readable else None, scenes=readable, seed=seed)
+    return drawn, [caption for caption in others if caption not in known][:CALIBRATION_PROMPTS]
 
 
 @dataclass
 class _Drawn:
-    """One run of the pipeline: pictures, seconds for each, the seconds of each UNet call, and of the first UNet call
-    its arguments and its output as float32."""
+    """What the pipeline drew: pictures, seconds for each, the seconds of each UNet call, the arguments of the first call,
+    and as float32 the outputs of each batch's first call, put together."""
 
     images: list[Image.Image]
     seconds: float
@@ -178,7 +183,7 @@ class _Drawn:
 
 @torch.no_grad()
 def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
-    times, calls = [], []
+    times, calls, outputs, images = [], [], [], []
 
     # Only the UNet runs in its own dtype: the noise is drawn in float32, the same for every variant.
     def before(module, args, kwargs):
@@ -190,7 +195,9 @@ def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
         times[-1] = _now(module) - times[-1]
         output = tree_map(lambda v: _cast(v, torch.float32), output)
         if not calls:
-            calls.append(((args, kwargs), output[0]))
+            calls.append((args, kwargs))
+        if len(outputs) * BATCH_SIZE <= len(images):  # the first call of this batch, whose pictures are not there yet
+            outputs.append(output[0].cpu())
         return output
 
     hooks = [
@@ -199,17 +206,19 @@ def _generate(pipe, captions, steps: int, seed: int) -> _Drawn:
     ]
     start = time.perf_counter()
     try:
-        images = pipe(
-            prompt=list(captions),
-            num_inference_steps=steps,
-            guidance_scale=0.0,
-            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(captions))],
-        ).images
+        for first in range(0, len(captions), BATCH_SIZE):
+            batch = list(captions[first : first + BATCH_SIZE])
+            images += pipe(
+                prompt=batch,
+                num_inference_steps=steps,
+                guidance_scale=0.0,
+                generator=generators(seed, range(first, first + len(batch))),
+            ).images
     finally:
         for hook in hooks:
             hook.remove()
     seconds = (time.perf_counter() - start) / len(captions)
-    return _Drawn(images, seconds, times, *calls[0])
+    return _Drawn(images, seconds, times, calls[0], torch.cat(outputs))
 
 
 def _cast(value, dtype: torch.dtype):

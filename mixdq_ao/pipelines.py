@@ -10,6 +10,19 @@ from mixdq_ao.tiny_model import load_tiny_sdxl
 TINY = "tiny-sdxl"
 
 
+def checked_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ``MixDQError`` unless it is the CPU, or a GPU that torch sees."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MixDQError(f"device must be cpu or cuda; found {str(name)!r}") from error
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        known = f"cpu, or cuda:0 to cuda:{gpus - 1}" if gpus else "cpu, for torch sees no GPU"
+        raise MixDQError(f"device must be {known}; found {str(name)!r}")
+    return device
+
+
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype as an argument of ``from_pretrained``: diffusers renamed it, and older ones ignore the new name."""
     import diffusers
@@ -22,9 +35,10 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     """The pipeline ``tiny-sdxl``, or one of diffusers from a folder or the local cache of a Hub name; without its
     progress bars. ``dtype`` is float32 on a CPU and float16 on a GPU by default.
 
-    Nothing is downloaded. Raises ``MixDQError`` for a name that is not there or has no UNet.
+    Nothing is downloaded. Raises ``MixDQError`` for a name that is not there or has no UNet, and for a device that is
+    not there.
     """
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    dtype = dtype or (torch.float32 if checked_device(device).type == "cpu" else torch.float16)
     if str(name) == TINY:
         return load_tiny_sdxl(dtype).to(device)
     from diffusers import DiffusionPipeline
