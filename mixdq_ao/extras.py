@@ -1,9 +1,11 @@
-"""Metrics that need networks of their own: LPIPS, FID, CLIP score and ImageReward.
+"""What may be missing: packages of the method, and metrics with networks of their own (LPIPS, FID, CLIP score and
+ImageReward).
 
 Nothing is downloaded: each is there once its packages are installed and its network lies where the package looks for
 it, and the error says which of them is missing.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ class Extra:
     packages: tuple[str, ...]
     network: Callable[[], tuple[str, bool]]
     make: Callable[[], Scorer]
+
+
+def needed(package: str, what: str):
+    """The module ``package``. Raises ``MixDQError`` where it is not installed; ``what`` needs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MixDQError(f"{what} needs {package}: pip install 'mixdq_ao[method]'") from None
 
 
 def scorers(names: Sequence[str]) -> dict[str, Scorer]:

@@ -15,6 +15,7 @@ from mixdq_ao import families
 from mixdq_ao.bits import FLOAT_BITS
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.evaluate import FLOATING, Evaluation
+from mixdq_ao.extras import needed
 from mixdq_ao.files import write_text
 from mixdq_ao.plan import BitPlan
 from mixdq_ao.tables import Scores
@@ -63,7 +64,7 @@ def write_report(
 
     Raises ``MixDQError`` where jinja2 or, for the plot, matplotlib is missing, and for an evaluation of one variant.
     """
-    jinja2 = _needed("jinja2")
+    jinja2 = needed("jinja2", "a report")
     variants = [row.name for row in evaluation.rows if row.name != FLOATING]
     if not variants:
         raise MixDQError("a report compares the floating model with at least one variant; found none")
@@ -98,13 +99,6 @@ def write_report(
         facts=dict(facts or {}),
     )
     write_text(path, text)
-
-
-def _needed(package: str):
-    try:
-        return __import__(package)
-    except ImportError:
-        raise MixDQError(f"a report needs {package}: pip install 'mixdq_ao[method]'") from None
 
 
 def _subtitle(evaluation: Evaluation, chosen: str) -> str:
@@ -199,7 +193,7 @@ def _panels(sensitivity: Mapping[str, tuple[str, Scores]]) -> list[dict]:
 
 def pareto_svg(points: Sequence[Point], quality: str) -> str:
     """Mean bits against quality as an SVG element whose text and axes take the colour of the text around it."""
-    matplotlib = _needed("matplotlib")
+    matplotlib = needed("matplotlib", "the plot of a report")
     from matplotlib.figure import Figure
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": "mixdq_ao", "font.family": "sans-serif", "font.size": 11}
