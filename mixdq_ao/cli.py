@@ -12,10 +12,32 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from mixdq_ao.errors import MixDQError
 
+_GOES_ON = "the same command goes on where it was"
+AFTER_A_STOP = {
+    "calibrate": _GOES_ON,
+    "sensitivity": _GOES_ON,
+    "auto": _GOES_ON,
+    "evaluate": f"{_GOES_ON} if it has --out",
+    "bench": f"{_GOES_ON} if it has --out, with --resume added",
+}
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            after = AFTER_A_STOP.get(ctx.invoked_subcommand)
+            print(f"stopped: {after}" if after else "stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Few-step text-to-image diffusion models, quantized: the same pictures in half or a quarter of the memory.",
     no_args_is_help=True,
     add_completion=False,
@@ -32,7 +54,9 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("mixdq-ao-demo"),
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or COCO captions.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures for each variant, without --prompts.")] = 8,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="Pictures for each variant.", show_default="8, or all of --prompts")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: DeviceOption = "",
@@ -43,15 +67,17 @@ def demo(
 
     from mixdq_ao import demo as library
     from mixdq_ao._quiet import quiet_pipelines
+    from mixdq_ao.files import writable_folder
     from mixdq_ao.prompts import read_prompts
 
     quiet_pipelines()
-    texts = read_prompts(prompts) if prompts else None
+    writable_folder(out)
+    texts = read_prompts(prompts, pictures) if prompts else None
     result = library.run_demo(
         out,
         model=model,
         prompts=texts,
-        pictures=pictures,
+        pictures=pictures or 8,
         steps=steps,
         seed=seed,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -80,10 +106,12 @@ def convert(
     Pickles are read as plain data only; nothing in them is run.
     """
     from mixdq_ao import legacy
+    from mixdq_ao.files import writable_file
     from mixdq_ao.plan import BitPlan, read_names
 
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise MixDQError(f"{out} exists; give --force to replace it")
+    writable_file(out)
     params = legacy.read_params(source)
     params.weight_plan = BitPlan.read(weight_plan) if weight_plan else params.weight_plan
     params.act_plan = BitPlan.read(act_plan) if act_plan else params.act_plan
@@ -136,9 +164,18 @@ def allocate(
     """
     from mixdq_ao import allocate as library
     from mixdq_ao import families
+    from mixdq_ao.extras import needed
+    from mixdq_ao.files import writable_file
     from mixdq_ao.plan import read_names
     from mixdq_ao.tables import read_scores, read_sizes
 
+    needed("scipy", "allocate")
+    writable_file(out)
+    if pareto:
+        needed("matplotlib", "--pareto")
+        writable_file(pareto)
+    if size_unit is not None and budget_mib is None:
+        raise MixDQError("--size-unit turns the MiB of --budget-mib into mean bits; give --budget-mib, too, or neither")
     if family not in families.FAMILIES:
         raise MixDQError(f"--family must be one of {', '.join(families.FAMILIES)}; found {family!r}")
     result = library.run(
@@ -187,7 +224,9 @@ ParamsOption = Annotated[Path | None, typer.Option(help="Quantization parameters
 PlanOption = Annotated[list[Path] | None, typer.Option(help="A bit plan of the weights to evaluate; repeatable.")]
 BitsOption = Annotated[list[int] | None, typer.Option(help="A uniform width of the weights; repeatable.")]
 ModelOption = Annotated[list[Path] | None, typer.Option(help="A quantized model in one file; repeatable.")]
-ActBitsOption = Annotated[int, typer.Option(help="Width of the activations, 8 or 4, for --plan and --bits.")]
+ActBitsOption = Annotated[
+    int | None, typer.Option(help="Width of the activations, 8 or 4, with --params.", show_default="8")
+]
 ExtraOption = Annotated[
     list[str] | None, typer.Option(help="lpips, fid, clip_score or image_reward, whose network is here; repeatable.")
 ]
@@ -213,7 +252,10 @@ def calibrate(
     Stopped at any point, the same command goes on where it was: OUT.state holds what was seen so far.
     """
     from mixdq_ao.calibrate import calibrate as run
+    from mixdq_ao.files import writable_file
 
+    state = writable_file(f"{out}.state")
+    writable_file(out)
     params = run(
         _pipeline(pipeline, device),
         _prompts(pipeline, prompts, count),
@@ -224,10 +266,10 @@ def calibrate(
         batch_size=batch_size,
         seed=seed,
         bos=bos,
-        state=f"{out}.state",
+        state=state,
     )
     params.save(out)
-    Path(f"{out}.state").unlink()
+    state.unlink()
     _console().print(f"{len(params.layers)} layers written to {out}", soft_wrap=True)
 
 
@@ -257,16 +299,21 @@ def sensitivity(
     import torch
 
     from mixdq_ao import legacy
+    from mixdq_ao.files import writable_folder
     from mixdq_ao.sensitivity import sensitivity as run
 
+    kinds = [kind for kind, wanted in (("weight", weights), ("act", acts)) if wanted]
+    if not kinds:
+        raise MixDQError("nothing to measure: leave out --no-weights or --no-acts")
+    writable_folder(out)
     # The gradients of the cheap mode leave the range of float16.
     half = torch.bfloat16 if cheap and device != "cpu" and torch.cuda.is_available() else None
     result = run(
         _pipeline(pipeline, device, half),
         legacy.read_params(params),
-        _prompts(pipeline, prompts, count),
+        _prompts(pipeline, prompts, count, at_most=True),
         out,
-        kinds=[kind for kind, wanted in (("weight", weights), ("act", acts)) if wanted],
+        kinds=kinds,
         metrics="both" if both_metrics else "decoupled",
         cheap=cheap,
         probes=probes,
@@ -299,7 +346,7 @@ def evaluate(
     plan: PlanOption = None,
     bits: BitsOption = None,
     model: ModelOption = None,
-    act_bits: ActBitsOption = 8,
+    act_bits: ActBitsOption = None,
     captions: PromptsOption = None,
     count: Annotated[int | None, typer.Option(min=1, help="So many captions.", show_default=ALL_PROMPTS)] = None,
     seeds: SeedsOption = 1,
@@ -330,7 +377,7 @@ def compare(
     plan: PlanOption = None,
     bits: BitsOption = None,
     model: ModelOption = None,
-    act_bits: ActBitsOption = 8,
+    act_bits: ActBitsOption = None,
     captions: PromptsOption = None,
     count: Annotated[int | None, typer.Option(min=1, help="So many captions.", show_default=ALL_PROMPTS)] = None,
     seeds: SeedsOption = 1,
@@ -341,8 +388,12 @@ def compare(
     device: DeviceOption = "",
 ) -> None:
     """Write one HTML file that shows the pictures of quantized variants beside the floating ones."""
+    from mixdq_ao.extras import needed
+    from mixdq_ao.files import writable_file
     from mixdq_ao.report import write_report
 
+    needed("jinja2", "compare")
+    writable_file(out)
     result = _evaluation(
         pipeline, params, plan, bits, model, act_bits, captions, count, seeds, extra, steps, guidance_scale, batch_size,
         None, device, None,
@@ -385,7 +436,12 @@ def auto(
     """
     from mixdq_ao.auto import Settings
     from mixdq_ao.auto import auto as run
+    from mixdq_ao.extras import needed
+    from mixdq_ao.files import writable_folder
 
+    for package in ("scipy", "jinja2", "matplotlib"):
+        needed(package, "auto")
+    writable_folder(out)
     settings = Settings(
         budget=budget,
         seeds=tuple(range(seeds)),
@@ -422,33 +478,30 @@ def _pipeline(name: str, device: str, dtype=None):
     return load_pipeline(name, device or ("cuda" if torch.cuda.is_available() else "cpu"), **options)
 
 
-def _prompts(pipeline: str, path: Path | None, count: int | None, held_out: bool = False) -> list[str]:
+def _prompts(
+    pipeline: str, path: Path | None, count: int | None, held_out: bool = False, at_most: bool = False
+) -> list[str]:
+    """The first ``count`` prompts; with ``at_most`` it is no error that there are fewer."""
     from mixdq_ao.pipelines import TINY
     from mixdq_ao.prompts import built_in_prompts, read_prompts
 
+    scenes = path is None and pipeline == TINY  # of which there are as many as are asked for
+    asked = None if at_most and not scenes else count
     if path is not None:
-        return read_prompts(path, count)
-    scenes = pipeline == TINY
-    return built_in_prompts(count or (64 if scenes else None), scenes=scenes, held_out=held_out)
+        return read_prompts(path, asked)[:count]
+    return built_in_prompts(asked or (64 if scenes else None), scenes=scenes, held_out=held_out)[:count]
 
 
 def _evaluation(
     pipeline, params, plan, bits, model, act_bits, captions, count, seeds, extra, steps, guidance_scale, batch_size,
     out, device, progress,
 ):  # fmt: skip
-    from mixdq_ao import MixDQConfig
     from mixdq_ao.evaluate import evaluate as run
+    from mixdq_ao.files import writable_folder
 
-    if params is None and (plan or bits):
-        raise MixDQError("--plan and --bits need --params, which has the scales; give both")
-    source = None if params is None else str(params)
-    variants = {path.stem: MixDQConfig(source, str(path), act_bits) for path in plan or ()}
-    variants |= {f"W{b}A{act_bits}": MixDQConfig(source, b, act_bits) for b in bits or ()}
-    variants |= {path.stem: path for path in model or ()}
-    if params is not None and not variants:
-        variants = {params.stem: MixDQConfig(source, act_bits=act_bits)}
-    if not variants:
-        raise MixDQError("nothing to evaluate: give --params, with --plan or --bits if you like, or --model")
+    variants = _variants(params, plan or (), bits or (), model or (), act_bits)
+    if out is not None:
+        writable_folder(out)
     return run(
         _pipeline(pipeline, device),
         variants,
@@ -461,6 +514,34 @@ def _evaluation(
         out=out,
         progress=progress,
     )
+
+
+def _variants(params: Path | None, plans, widths, models, act_bits: int | None) -> dict:
+    """What to evaluate, by the name of its row."""
+    from mixdq_ao import MixDQConfig
+
+    if params is None and (plans or widths):
+        raise MixDQError("--plan and --bits need --params, which has the scales; give both")
+    if models and not (plans or widths):
+        for option, value in (("--params", params), ("--act-bits", act_bits)):
+            if value is not None:
+                raise MixDQError(f"{option} {value} changes no --model; give --plan or --bits, too, or leave it out")
+    source, act_bits = None if params is None else str(params), 8 if act_bits is None else act_bits
+    found = [(path.stem, f"--plan {path}", MixDQConfig(source, str(path), act_bits)) for path in plans]
+    found += [(f"W{b}A{act_bits}", f"--bits {b}", MixDQConfig(source, b, act_bits)) for b in widths]
+    found += [(path.stem, f"--model {path}", path) for path in models]
+    if params is not None and not found:
+        found = [(params.stem, f"--params {params}", MixDQConfig(source, act_bits=act_bits))]
+    if not found:
+        raise MixDQError("nothing to evaluate: give --params, with --plan or --bits if you like, or --model")
+    origins: dict[str, str] = {}
+    for name, origin, _ in found:
+        if name in origins:
+            raise MixDQError(
+                f"{origins[name]} and {origin} would both be the row '{name}'; rename one, or leave it out"
+            )
+        origins[name] = origin
+    return {name: recipe for name, _, recipe in found}
 
 
 def _print_evaluation(result) -> None:
@@ -582,7 +663,9 @@ def doctor(
     layer: Annotated[
         str, typer.Option(help="M,N,K[,TAPS]: which kernel runs a layer of m rows, n outputs and k = channels x taps.")
     ] = "",
-    bits: Annotated[int, typer.Option(help="With --layer: bits of its weight, 8, 4 or 2.")] = 8,
+    bits: Annotated[
+        int | None, typer.Option(help="With --layer: bits of its weight, 8, 4 or 2.", show_default="8")
+    ] = None,
     arch: Annotated[
         int | None, typer.Option(help="With --layer: 80, 86, 89 or 90.", show_default="this machine's GPU, or 90")
     ] = None,
@@ -592,12 +675,15 @@ def doctor(
     from mixdq_ao import doctor as library
 
     if layer:
-        found = library.layer_kernels(*library.parse_layer(layer), bits=bits, arch=arch)
+        found = library.layer_kernels(*library.parse_layer(layer), bits=8 if bits is None else bits, arch=arch)
         if json:
             print(jsonlib.dumps(asdict(found), indent=1))
         else:
             _print_table(f"{found.problem}, on sm_{found.arch}", ("kernel", ""), library.layer_table(found))
         return
+    for option, value in (("--bits", bits), ("--arch", arch)):
+        if value is not None:
+            raise MixDQError(f"{option} {value} says something about a layer; give --layer, too")
     findings = library.examine()
     if json:
         print(jsonlib.dumps(library.as_json(findings), indent=1))
@@ -621,16 +707,37 @@ def _print_table(title: str, header, rows) -> None:
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit code 2, not a traceback."""
+    """Run the command; an error of ours, or of the system, is one line on stderr and exit code 2, not a traceback."""
     # The libraries below print notes that a user of this command can do nothing about.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            _flush()
+    except BrokenPipeError:  # a reader such as head that has seen enough
+        raise SystemExit(1) from None
     except MixDQError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
+        text = str(error)
+    except OSError as error:
+        where = error.filename2 or error.filename
+        text = f"{where}: {error.strerror}" if where else error.strerror or str(error)
+    else:
+        return
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    raise SystemExit(2)
+
+
+def _flush() -> None:
+    """A disk that is full is found here, and not by Python after the last line of the command."""
+    try:
+        if sys.stdout is not None:  # the shell's >&-
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end
+        raise
 
 
 if __name__ == "__main__":

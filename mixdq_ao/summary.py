@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -134,17 +133,24 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def file_table(description: FileDescription) -> str:
     """What ``model_file.describe`` found, as text: a row for each layer, then totals and further facts."""
-    is_model = description.kind == "model"
-    header = ("layer", "weight", "activation", "groups", *(("computes", "kernel") if is_model else ()), "reason", "KiB")
-    lines = [format_table(header, [_file_cells(row, is_model) for row in description.rows])]
-    lines.append(f"{description.kind}: {len(description.rows)} layers, {description.nbytes / MIB:.1f} MiB")
+    rows, kind = description.rows, description.kind
+    if kind == "bit plan":  # of weights or of activations: the file does not say which
+        table = format_table(("layer", "bits"), [(row.name, _widths(row.bits)) for row in rows])
+        return f"{table}\n{kind}: {len(rows)} layers"
+    is_model = kind == "model"
+    header = ("layer", "weight", "activation", "groups", *(("computes",) if is_model else ()), "reason", "KiB")
+    lines = [format_table(header, [_file_cells(row, is_model) for row in rows])]
+    lines.append(f"{kind}: {len(rows)} layers, {description.nbytes / MIB:.1f} MiB")
     lines += [f"{key}: {json.dumps(value)}" for key, value in description.metadata.items()]
     return "\n".join(lines)
 
 
 def _file_cells(row: FileRow, is_model: bool) -> tuple[str, ...]:
-    quantized = is_model and bool(row.bits)
-    kernel = ops.kernel_name(torch.device("cpu"), bool(row.act_bits)) if quantized else "torch"
-    computed = ("int8" if row.act_bits else "float", kernel) if is_model else ()
-    weight, act = (",".join(map(str, bits)) or "float" for bits in (row.bits, row.act_bits))
-    return row.name, weight, act, str(row.groups), *computed, row.reason, f"{row.nbytes / 1024:.1f}"
+    # Which kernel computes it depends on the machine that loads the file.
+    computed = ("int8" if row.act_bits else "float",) if is_model else ()
+    size = f"{row.nbytes / 1024:.1f}"
+    return row.name, _widths(row.bits), _widths(row.act_bits), str(row.groups), *computed, row.reason, size
+
+
+def _widths(bits: tuple[int, ...]) -> str:
+    return ",".join(map(str, bits)) or "float"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from pipelines import FakePipeline
 from typer.testing import CliRunner
 
@@ -65,6 +66,81 @@ def test_wrong_arguments(tmp_path):
         run("evaluate", TINY)
     with pytest.raises(MixDQError, match="need --params"):
         run("evaluate", TINY, "--bits", 8)
+
+
+def test_rows_of_one_name_are_an_error(folder):
+    params = ("--params", folder / "params.safetensors")
+    for arguments, names in (
+        (("--plan", "a/plan.json", "--plan", "b/plan.json"), "a/plan.json and --plan b/plan.json"),
+        (("--plan", "W4A8.json", "--bits", 4), "W4A8.json and --bits 4"),
+        (("--bits", 4, "--bits", 4), "--bits 4 and --bits 4"),
+        (("--bits", 4, "--model", "W4A8.safetensors"), "--bits 4 and --model W4A8.safetensors"),
+    ):
+        with pytest.raises(MixDQError, match=names):
+            run("evaluate", TINY, *params, *arguments)
+
+
+def test_options_that_change_no_model_are_an_error(folder, tmp_path):
+    for option in (("--params", folder / "params.safetensors"), ("--act-bits", 8)):
+        with pytest.raises(MixDQError, match=f"{option[0]} .* changes no --model"):
+            run("compare", TINY, tmp_path / "report.html", "--model", "model.safetensors", *option)
+
+
+def test_the_width_of_activations(folder):
+    arguments = ("evaluate", TINY, "--params", folder / "params.safetensors", "--count", 1, "--json")
+    found = json.loads(run(*arguments, "--bits", 8, "--act-bits", 4))
+    assert found["rows"][1]["name"] == "W8A4"
+    with pytest.raises(MixDQError, match="0"):
+        run(*arguments, "--act-bits", 0)
+
+
+def test_sensitivity_takes_the_prompts_that_there_are(folder, tmp_path, monkeypatch):
+    taken = []
+
+    def measure(pipe, params, prompts, out, **options):
+        taken.append(prompts)
+        raise MixDQError("enough")
+
+    monkeypatch.setattr("mixdq_ao.sensitivity.sensitivity", measure)
+    (tmp_path / "two.txt").write_text("a fox\na bear\n")
+    arguments = ("--params", folder / "params.safetensors", "--out", tmp_path / "out")
+    for more in (("--prompts", tmp_path / "two.txt"), ("--prompts", tmp_path / "two.txt", "--count", 1), ()):
+        with pytest.raises(MixDQError, match="enough"):
+            run("sensitivity", TINY, *arguments, *more)
+    with pytest.raises(MixDQError, match="enough"):
+        run("sensitivity", "another", *arguments, "--count", 50)
+    assert taken[:2] == [["a fox", "a bear"], ["a fox"]] and [len(prompts) for prompts in taken[2:]] == [16, 32]
+
+
+def test_sensitivity_of_nothing(tmp_path):
+    with pytest.raises(MixDQError, match="nothing to measure"):
+        run("sensitivity", TINY, "--params", "absent", "--out", tmp_path / "out", "--no-weights", "--no-acts")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_draws_so_many_of_the_prompts(tmp_path, monkeypatch):
+    taken = []
+
+    def draw(out, *, prompts, pictures, **options):
+        taken.append((prompts, pictures))
+        raise MixDQError("enough")
+
+    monkeypatch.setattr("mixdq_ao.demo.run_demo", draw)
+    (tmp_path / "three.txt").write_text("a fox\na bear\na cat\n")
+    prompts = ("--prompts", tmp_path / "three.txt")
+    for arguments in (prompts, (*prompts, "--pictures", 2), ("--pictures", 5), ()):
+        with pytest.raises(MixDQError, match="enough"):
+            run("demo", "--out", tmp_path / "out", *arguments)
+    assert [found and len(found) for found, _ in taken] == [3, 2, None, None]
+    assert [pictures for found, pictures in taken if found is None] == [5, 8]
+
+
+@pytest.mark.parametrize("name", ["cud", "meta", f"cuda:{torch.cuda.device_count()}"])
+def test_a_device_that_is_not_there(name, tmp_path):
+    with pytest.raises(MixDQError, match=f"device must be cpu.*{name}"):
+        load_pipeline(TINY, name)
+    with pytest.raises(MixDQError, match=f"device must be cpu.*{name}"):
+        run("demo", "--device", name, "--out", tmp_path)
 
 
 def test_a_pipeline_that_is_not_there(tmp_path):
