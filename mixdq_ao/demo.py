@@ -171,7 +171,7 @@ def _captions(prompts, pictures: int, readable: bool, seed: int) -> tuple[list[s
 
 @dataclass
 class _Drawn:
-    """What the pipeline drew: pictures, seconds for each, the seconds of each UNet call, the arguments of the first call,
+    """What the pipeline drew: pictures, seconds for each, the seconds of each UNet call, the arguments of the first,
     and as float32 the outputs of each batch's first call, put together."""
 
     images: list[Image.Image]

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mixdq_ao import demo
 from mixdq_ao.errors import MixDQError
+from mixdq_ao.pipelines import TINY, load_pipeline
+from mixdq_ao.prompts import BUILT_IN, HELD_OUT, built_in_prompts
 from mixdq_ao.summary import format_table
 from mixdq_ao.tiny_model import TINY_SDXL
 
@@ -61,6 +64,36 @@ def test_a_pipeline_folder_and_prompts_of_ones_own(tmp_path):
     result = demo.run_demo(tmp_path, model=str(TINY_SDXL), prompts=prompts, steps=1, progress=False)
     assert result.captions == prompts
     assert all(row.accuracy is None for row in result.rows)
+
+
+def test_pictures_are_drawn_in_batches_that_do_not_matter():
+    pipe = load_pipeline(TINY, "cpu", torch.float32)
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    captions = built_in_prompts(11, scenes=True, held_out=True)
+    drawn = demo._generate(pipe, captions, 2, seed=3)
+    assert sizes == [8, 8, 3, 3] and len(drawn.unet_seconds) == 4
+    assert len(drawn.images) == 11 and len(drawn.output) == 11 and len(drawn.call[0][0]) == 8
+    fewer = demo._generate(pipe, captions[:9], 2, seed=3)
+    assert torch.allclose(drawn.output[:9], fewer.output, atol=1e-4)
+    for a, b in zip(drawn.images, fewer.images, strict=False):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max() <= 1
+
+
+def test_many_captions_are_not_all_on_the_sheet(tmp_path):
+    captions = built_in_prompts(demo.SHOWN + 1, scenes=True, held_out=True)
+    result = demo.run_demo(tmp_path, prompts=captions, steps=1, progress=False)
+    assert len(result.captions) == demo.SHOWN + 1
+    assert Image.open(result.picture).width < 120 + demo.SHOWN * 200
+
+
+@pytest.mark.parametrize("readable, own", [(True, None), (True, "scenes"), (False, None), (False, "everyday")])
+def test_what_is_drawn_is_not_what_calibrates(readable, own):
+    prompts = {None: None, "scenes": built_in_prompts(4, scenes=True), "everyday": [BUILT_IN[0], "a pear"]}[own]
+    drawn, calibration = demo._captions(prompts, 8, readable, seed=0)
+    assert drawn == (prompts or built_in_prompts(8, scenes=readable, held_out=True))
+    assert len(calibration) == demo.CALIBRATION_PROMPTS and not set(drawn) & set(calibration)
+    assert readable or own or drawn == list(HELD_OUT[:8])
 
 
 def test_a_folder_that_is_no_pipeline_is_a_clear_error(tmp_path):
