@@ -66,7 +66,7 @@ def unet_claims(results: dict[str, Results]) -> Iterator[Claim]:
 
     def row(name: str, variant: str, batch: int = 1) -> Row | None:
         found = results[name].row(variant, batch) if name in results else None
-        return None if found is None or found.error else found
+        return None if found is None or found.error or found.nonfinite else found
 
     for variant, needed in (("w8a8", SPEEDUPS), ("w4a8", dict.fromkeys(SIZES, 1.25))):
         for size, batch in SIZES:

@@ -37,6 +37,7 @@ from mixdq_ao.doctor import examine
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.files import first_line, writable_file, writable_folder
 from mixdq_ao.memory import measure_memory
+from mixdq_ao.pipelines import checked_device
 from mixdq_ao.progress import between
 
 # Ranges of activations are taken from that many pictures: enough to see that the first token is always the same.
@@ -123,7 +124,7 @@ class _Bench:
         self, model, batches, variants, *, size, device, dtype, plan, compile, layers, channels_last, repeats, warmup,
         cold, seed, profile=None, snapshot=None, compile_limit=None,
     ):  # fmt: skip
-        self.device = _device(device)
+        self.device = checked_device(device)
         self.turns, self.compile_limit = Turns(self.device), compile_limit
         if dtype is not None and dtype not in DTYPES:
             raise MixDQError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
@@ -415,16 +416,6 @@ def _line(row: Row) -> str:
     compiled = "" if row.compile_s is None else f", compiled in {row.compile_s:.1f} s"
     broken = f", {NOT_FINITE}" if row.nonfinite else ""
     return f"{row.variant}, batch {row.batch}: {row.error or f'{row.latency.median:.2f} ms{compiled}{broken}'}"
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise MixDQError(f"device must be cpu or cuda; found {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise MixDQError(f"device must be cpu, or cuda where torch sees a GPU; found {name!r}")
-    return device
 
 
 def _count_rows(rows: dict[str, int], name: str):
