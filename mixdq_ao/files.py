@@ -69,6 +69,8 @@ def writable_file(path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise MixDQError(f"{path}: cannot be written, for it is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a device or a pipe: the new file would take its place
+        raise MixDQError(f"{path}: cannot be replaced, for it is no regular file; name another")
     writable_folder(path.parent)
     return path
 

@@ -113,6 +113,15 @@ def test_a_place_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"] and not list(folder.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(MixDQError, match="no regular file"):
+        run("convert", "absent", pipe, "--force")
+    assert pipe.is_fifo()
+
+
 def test_a_missing_package_is_an_error_before_any_work(tmp_path, monkeypatch):
     tables = ("--quality-scores", "absent", "--sizes", "absent", "--out", tmp_path / "plan.json")
     for package, arguments in (
