@@ -1,28 +1,33 @@
-"""Progress bars for people: one appears on a terminal once a loop has taken two seconds."""
+"""Progress for people: a bar on a terminal once a loop has taken two seconds, a line a minute in a log."""
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 DELAY_SECONDS = 2.0
+LINE_SECONDS = 60.0
 
 
 def track(items: Iterable[T], text: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
     """Iterate over ``items``; a bar is drawn on stderr from the third second on.
 
-    ``show`` is True (at once), False (never) or None (after two seconds, if stderr is a terminal).
+    ``show`` is True (at once), False (never) or None (after two seconds; a line a minute where stderr is no terminal).
     """
-    if show is False or (show is None and not sys.stderr.isatty()):
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if show is False:
         yield from items
+        return
+    if show is None and not sys.stderr.isatty():
+        yield from _with_lines(items, text, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(text, total=total)
@@ -43,6 +48,15 @@ def track(items: Iterable[T], text: str, total: int | None = None, show: bool | 
             start.join()  # it may be starting the bar just now
         if bar.live.is_started:
             bar.stop()
+
+
+def _with_lines(items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
+    last, of = time.monotonic(), "" if total is None else f" of {total}"
+    for done, item in enumerate(items):
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            print(f"{text}: {done}{of}", file=sys.stderr, flush=True)
+        yield item
 
 
 @contextmanager

@@ -21,6 +21,13 @@ def test_nothing_is_printed_off_a_terminal(show, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_log_gets_lines_now_and_then(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    for _ in track(range(3), "Counting"):
+        time.sleep(0.06)
+    assert capfd.readouterr() == ("", "Counting: 1 of 3\nCounting: 2 of 3\n")
+
+
 def test_bar_goes_to_stderr(capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take the captured stream for a terminal
     list(track(range(3), "Counting", show=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mixdq_ao.bench.results import Results, Row
 from mixdq_ao.errors import MixDQError
+from mixdq_ao.extras import needed
 from mixdq_ao.files import replacing, writable_file
 from mixdq_ao.summary import MIB
 
@@ -16,10 +17,9 @@ _DTYPES = ("fp16", "bf16", "fp32")
 
 def check_plot(path: str | Path) -> None:
     """Raises ``MixDQError`` where :func:`write_plot` could not write: to be asked before anything is measured."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise MixDQError("a plot needs matplotlib: pip install 'mixdq_ao[method]'") from None
+    needed("matplotlib", "a plot")
+    from matplotlib.backend_bases import FigureCanvasBase
+
     known = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in known:
         raise MixDQError(f"{path}: a plot is a file of one of these suffixes: {', '.join(sorted(known))}")
