@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import sys
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from mixdq_ao.attention import AUTO, BACKENDS
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes
 from mixdq_ao.progress import track
-from mixdq_ao.tensor import MixDQTensor
+from mixdq_ao.tensor import NO_BACKWARD, MixDQTensor
 
 # Calls before a capture: the first compiles, and libraries that plan on first use (cuDNN, cuBLAS) settle.
 _WARM_UP_CALLS = 3
@@ -114,7 +115,7 @@ class CompiledModel(OptimizedModule):
     """What :func:`compile` returns; to other libraries a module that ``torch.compile`` has wrapped."""
 
     # Declared here, so that OptimizedModule keeps them on the wrapper instead of giving them to the model.
-    _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = None
+    _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = _quantized = None
 
     def __init__(self, model: nn.Module, settings: _Settings):
         quantized = _is_quantized(model)
@@ -123,7 +124,7 @@ class CompiledModel(OptimizedModule):
         options = {**ours, **settings.options}
         optimized = torch.compile(model, fullgraph=settings.fullgraph, dynamic=settings.dynamic, options=options)
         super().__init__(model, optimized.dynamo_ctx)
-        self._settings, self._fuse = settings, fuse
+        self._settings, self._fuse, self._quantized = settings, fuse, quantized
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._seen: set[tuple] = set()
         parameters = list(inspect.signature(model.forward).parameters)
@@ -158,6 +159,17 @@ class CompiledModel(OptimizedModule):
         self._prepare()
         args, kwargs = self._with_timestep(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not (self._quantized and torch.is_grad_enabled()):
+            return self._run(args, kwargs, leaves, spec)
+        # Compiled with gradients it would give those of what is not quantized alone, which are wrong.
+        source = next((t for t in (*leaves, *self._watch.values()) if _is_tensor(t) and t.requires_grad), None)
+        with torch.no_grad():
+            output = self._run(args, kwargs, leaves, spec)
+        if source is None:
+            return output
+        return pytree.tree_map_only(Tensor, lambda y: _InferenceOnly.apply(y, source), output)
+
+    def _run(self, args: tuple, kwargs: dict, leaves: list, spec):
         key = _key(leaves, spec)
         if not self._wants_graph(leaves):
             with self._compiling(key):
@@ -251,6 +263,18 @@ class CompiledModel(OptimizedModule):
         return _Graph(graph, static, output)
 
 
+class _InferenceOnly(torch.autograd.Function):
+    """The output, as if ``source`` had a part in it; backward says what is missing."""
+
+    @staticmethod
+    def forward(ctx, output, source):
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise UnsupportedError(NO_BACKWARD)
+
+
 @dataclass
 class _Graph:
     """A recording, the inputs that it reads and the output that it writes."""
@@ -300,6 +324,10 @@ class _Watch:
 
     def is_unchanged(self) -> bool:
         return self._state() == self.before
+
+    def values(self) -> Iterator[Tensor]:
+        """The parameters and buffers that were looked at."""
+        return (t for d in self.tensors for t in d.values() if t is not None)
 
     def _state(self) -> tuple:
         addresses = [

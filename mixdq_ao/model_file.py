@@ -249,10 +249,15 @@ def _build(file: TensorFile, values: dict) -> nn.Module:
         hook.remove()
 
 
+# A model that is built from its configuration alone has neither.
+_AS_SAVED = "If it was saved with fused projections or a LoRA, make a model like it and give that as model="
+
+
 def _check_keys(file: TensorFile, quantized: dict, slots: dict) -> None:
     for name in quantized:
         if name not in slots:
-            file.fail(name, "must be a parameter of the model", "a quantized weight that the model does not have")
+            what = "a quantized weight that the model does not have"
+            file.fail(name, "must be a parameter of the model", what, _AS_SAVED)
     required = [name for name in slots if name not in quantized]
     required += [f"{name}.{key}" for name in quantized for key in _REQUIRED]
     optional = [f"{name}.{key}" for name in quantized for key in _OPTIONAL]

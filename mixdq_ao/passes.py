@@ -185,6 +185,8 @@ def choose_attention(graph: fx.Graph, backend: str) -> int:
     hits = 0
     for node in calls(graph, F.scaled_dot_product_attention):
         arguments = _plain_attention(*node.args, **node.kwargs)
+        if arguments is not None and dtype_of(node) != value_of(arguments[0]).dtype:
+            continue  # autocast, of which our operator knows nothing
         if arguments is not None and (backend != attention.AUTO or value_of(arguments[0]).is_cuda):
             hits += 1
             replace_by_call(graph, node, attend, (*arguments, backend))

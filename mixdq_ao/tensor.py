@@ -18,6 +18,8 @@ from mixdq_ao.packing import pack, packed_channels, unpack
 # A sum of this many products of two int8 codes, minus the zero point's share, fits int32.
 MAX_REDUCTION = 2**16
 
+NO_BACKWARD = "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
+
 _DERIVED = ("alpha", "beta", "weight_sum")
 
 
@@ -428,9 +430,7 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise UnsupportedError(
-            "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
-        )
+        raise UnsupportedError(NO_BACKWARD)
 
 
 def _run(layer, x, w, bias, *args) -> Tensor:

@@ -95,6 +95,33 @@ def test_it_stands_for_the_model(tmp_path):
     assert graphs() == 0  # nothing is compiled before the first call
 
 
+def test_gradients_are_refused_and_not_wrong():
+    """What is not quantized, such as the residual path here, would give some of the gradient."""
+    model = net()
+    compiled, x = mixdq_ao.compile(model), sample().requires_grad_()
+    output = compiled(x, torch.tensor(10.0), return_dict=False)[0]
+    torch.testing.assert_close(output.detach(), run(model, x, torch.tensor(10.0))["sample"], rtol=0, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        output.sum().backward()
+    # A parameter wants one, as LoRA's do; nothing does.
+    found = compiled(sample(), torch.tensor(10.0))["sample"]
+    assert found.requires_grad == any(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    assert not compiled(sample(), torch.tensor(10.0))["sample"].requires_grad
+    model.norm.weight.requires_grad_()
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        compiled(sample(), torch.tensor(10.0))["sample"].sum().backward()
+
+
+def test_a_floating_model_keeps_its_gradients():
+    torch.manual_seed(0)
+    model, x = Net(), sample().requires_grad_()
+    mixdq_ao.compile(model)(x, torch.tensor(10.0))["sample"].sum().backward()
+    found, x.grad = x.grad, None
+    model(x, torch.tensor(10.0))["sample"].sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
 def test_a_pipeline_takes_and_saves_it(tmp_path):
     unet = diffusers.UNet2DModel(
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4

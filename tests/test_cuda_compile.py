@@ -157,12 +157,16 @@ def test_without_graphs(unet):
     assert fast.recorded == 0
 
 
-def test_with_gradients_on_nothing_is_recorded(unet):
-    fast = mixdq_ao.compile(unet.requires_grad_(False))
+def test_with_gradients_on_a_floating_model_is_not_recorded(unet):
+    fast = mixdq_ao.compile(unet)
+    fast(**inputs())
+    assert fast.recorded == 1  # which has no gradients to give
+    floating = tiny_sdxl_unet(layers_per_block=1).cuda().half()
+    fast = mixdq_ao.compile(floating.requires_grad_(False))
     fast(**inputs())
     assert fast.recorded == 0
     with pytest.raises(UnsupportedError, match="gradients are on"):
-        mixdq_ao.compile(unet, cuda_graphs=True)(**inputs())
+        mixdq_ao.compile(floating, cuda_graphs=True)(**inputs())
 
 
 def test_a_floating_model():

@@ -439,6 +439,18 @@ def test_fuse_qkv_projections_before_quantize(floating):
     assert sqnr(before, run_unet(unet, **inputs())) > 20
 
 
+def test_a_file_with_fused_projections_needs_a_model_like_it(floating, tmp_path):
+    unet, path = copy.deepcopy(floating), tmp_path / "fused.safetensors"
+    unet.fuse_qkv_projections()
+    quantize_(unet, MixDQConfig())
+    mixdq_ao.save(unet, path)
+    with pytest.raises(mixdq_ao.MixDQError, match="to_qkv.weight.*fused projections or a LoRA.*model="):
+        mixdq_ao.load(path)
+    like_it = copy.deepcopy(floating)
+    like_it.fuse_qkv_projections()
+    assert torch.equal(run_unet(mixdq_ao.load(path, model=like_it), **inputs()), run_unet(unet, **inputs()))
+
+
 def test_sequential_offload(unet, static, expected):
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(unet, execution_device=torch.device("cpu"), offload_buffers=True)

@@ -472,7 +472,9 @@ def test_attention_is_chosen_where_there_is_a_choice(device, hits):
     with FakeTensorMode():
         for name in "qkv":
             graph.placeholder(name).meta["example_value"] = torch.empty(2, 4, 64, 64, device=device)
-    graph.output(graph.call_function(F.scaled_dot_product_attention, tuple(graph.nodes), {"attn_mask": None}))
+        node = graph.call_function(F.scaled_dot_product_attention, tuple(graph.nodes), {"attn_mask": None})
+        node.meta["example_value"] = torch.empty(2, 4, 64, 64, device=device)
+    graph.output(node)
     fuse(graph)
     assert fuse.hits["attention"] == hits
 
@@ -512,6 +514,15 @@ def test_attention_with_gradients_is_left_to_torch():
     x = [t.requires_grad_() for t in qkv(2, 2, 7, 16)]
     fast(*x).sum().backward()
     assert not backend.fuse.hits["attention"] and all(t.grad is not None for t in x)
+
+
+def test_attention_under_autocast_is_left_to_torch():
+    """Which computes it in another dtype than its inputs have."""
+    fast, backend = compiled(F.scaled_dot_product_attention, attention="math")
+    x = qkv(2, 2, 7, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(*x), F.scaled_dot_product_attention(*x))
+    assert not backend.fuse.hits["attention"]
 
 
 def test_attention_of_any_size_is_one_graph(block):
