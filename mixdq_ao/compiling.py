@@ -18,7 +18,7 @@ from mixdq_ao.attention import AUTO, BACKENDS
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes
 from mixdq_ao.progress import track
-from mixdq_ao.tensor import NO_BACKWARD, MixDQTensor
+from mixdq_ao.tensor import InferenceOnly, MixDQTensor
 
 # Calls before a capture: the first compiles, and libraries that plan on first use (cuDNN, cuBLAS) settle.
 _WARM_UP_CALLS = 3
@@ -63,8 +63,10 @@ def compile(
             before it with the same sizes
         progress: say on stderr that a size is being compiled; None: if that is a terminal
 
-    A recorded graph is dropped when parameters are replaced or moved, and when adapters or attention processors change.
-    After changing anything else that ``forward`` depends on (say, ``enable_freeu``), call ``reset()``.
+    A quantized model runs without gradients, whatever the caller's mode: it has no backward pass, and asking for one is
+    an error. A recorded graph is dropped when parameters are replaced or moved, and when adapters or attention
+    processors change. After changing anything else that ``forward`` depends on (say, ``enable_freeu``), call
+    ``reset()``.
     """
     if not hasattr(torch._inductor.config, "pre_grad_custom_pass"):
         raise UnsupportedError(
@@ -167,7 +169,7 @@ class CompiledModel(OptimizedModule):
             output = self._run(args, kwargs, leaves, spec)
         if source is None:
             return output
-        return pytree.tree_map_only(Tensor, lambda y: _InferenceOnly.apply(y, source), output)
+        return pytree.tree_map_only(Tensor, lambda y: InferenceOnly.apply(y, source), output)
 
     def _run(self, args: tuple, kwargs: dict, leaves: list, spec):
         key = _key(leaves, spec)
@@ -261,18 +263,6 @@ class CompiledModel(OptimizedModule):
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = super().__call__(*args, **kwargs)
         return _Graph(graph, static, output)
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """The output, as if ``source`` had a part in it; backward says what is missing."""
-
-    @staticmethod
-    def forward(ctx, output, source):
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise UnsupportedError(NO_BACKWARD)
 
 
 @dataclass

@@ -18,8 +18,6 @@ from mixdq_ao.packing import pack, packed_channels, unpack
 # A sum of this many products of two int8 codes, minus the zero point's share, fits int32.
 MAX_REDUCTION = 2**16
 
-NO_BACKWARD = "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
-
 _DERIVED = ("alpha", "beta", "weight_sum")
 
 
@@ -421,25 +419,32 @@ implements = MixDQTensor.implements
 implements_torch_function = MixDQTensor.implements_torch_function
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """A layer whose backward says what is missing; the operators alone would warn and give no gradient."""
+class InferenceOnly(torch.autograd.Function):
+    """``output`` as if ``source``, which wants a gradient, had a part in it; backward says what is missing.
+
+    The operators alone would warn and give no gradient, or that of what is not quantized.
+    """
 
     @staticmethod
-    def forward(ctx, layer, x, w, bias, *args):
-        return layer(x, w, bias, *args)
+    def forward(ctx, output, source):
+        return output.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        raise UnsupportedError(NO_BACKWARD)
+        raise UnsupportedError(
+            "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
+        )
 
 
 def _run(layer, x, w, bias, *args) -> Tensor:
     if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
         raise UnsupportedError(f"F.{layer.__name__}: only the weight may be a quantized tensor")
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_grad and not torch.compiler.is_compiling():
-        return _InferenceOnly.apply(layer, x, w, bias, *args)
-    return layer(x, w, bias, *args)
+    if not wants_grad or torch.compiler.is_compiling():
+        return layer(x, w, bias, *args)
+    with torch.no_grad():
+        output = layer(x, w, bias, *args)
+    return InferenceOnly.apply(output, x if x.requires_grad else bias)
 
 
 @implements_torch_function([F.linear])
