@@ -609,22 +609,13 @@ def test_command_refuses_before_it_measures(config, tmp_path, monkeypatch, optio
         CliRunner().invoke(app, ["bench", config, "--size", str(SIZE), *options], catch_exceptions=False)
 
 
+def short_run(config: str) -> list[str]:
+    return ["bench", config, "--size", str(SIZE), "--device", "cpu", "--repeats", "2"]
+
+
 def test_command_makes_folders_and_prints_before_it_plots(config, tmp_path, monkeypatch):
     out, plot = tmp_path / "none/bench.json", tmp_path / "of these/bench.svg"
-    command = [
-        "bench",
-        config,
-        "--size",
-        str(SIZE),
-        "--device",
-        "cpu",
-        "--repeats",
-        "2",
-        "--out",
-        str(out),
-        "--plot",
-        str(plot),
-    ]
+    command = [*short_run(config), "--out", str(out), "--plot", str(plot)]
 
     def no_disk(*args):
         raise MixDQError("no space left")
@@ -643,18 +634,7 @@ def test_command_fails_when_every_variant_does(config, tmp_path, monkeypatch, js
         raise RuntimeError("not here")
 
     monkeypatch.setitem(variants._TORCHAO, "torchao-int8", broken)
-    command = [
-        "bench",
-        config,
-        "--size",
-        str(SIZE),
-        "--device",
-        "cpu",
-        "--repeats",
-        "2",
-        "--plot",
-        str(tmp_path / "a.png"),
-    ]
+    command = [*short_run(config), "--plot", str(tmp_path / "a.png")]
     command += ["--json"] if json_too else []
     result = CliRunner().invoke(app, [*command, "--variants", "torchao-int8"], catch_exceptions=False)
     assert result.exit_code == 1 and "RuntimeError: not here" in result.stdout
