@@ -69,7 +69,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         return [*python, str(ROOT / "benchmarks" / name), *arguments]
 
     def bench(name: str, *arguments: str) -> list[str]:
-        return [*python, "-m", "mixdq_ao.cli", "bench", "sdxl", *arguments, f"--out={out}/bench_{name}.json", "--force"]
+        return [*python, "-m", "mixdq_ao", "bench", "sdxl", *arguments, f"--out={out}/bench_{name}.json", "--force"]
 
     def unet(pixels: int, batch: int, *more: str) -> list[str]:
         name, variants = f"{pixels}px_batch{batch}", ",".join(("float", "float-compiled", "w8a8", "w4a8", *more))

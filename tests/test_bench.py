@@ -467,7 +467,7 @@ def test_profile_writes_traces_and_calls_the_tools_that_are_there(config, tmp_pa
     assert found.notes == [f"nsys of all_8-eager: failed (no permission): {' '.join(command)}"]
     # What nsys starts is this command again, for one step.
     step = command[command.index(sys.executable) :]
-    assert step[1:5] == ["-m", "mixdq_ao.cli", "bench", config] and step[-1] == tracing.STEP_ONLY
+    assert step[1:5] == ["-m", "mixdq_ao", "bench", config] and step[-1] == tracing.STEP_ONLY
     result = CliRunner().invoke(app, step[3:], catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout == ""
 

@@ -207,7 +207,7 @@ def test_doctor_takes_options_of_a_layer_only_with_one():
 
 def command(*arguments, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
-    line = [sys.executable, "-m", "mixdq_ao.cli", *map(str, arguments)]
+    line = [sys.executable, "-m", "mixdq_ao", *map(str, arguments)]
     return subprocess.run(line, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -45,6 +45,8 @@ bench.timing bench.turns bench.inputs bench.models bench.variants bench.tracing
 bench.results
 bench.run bench.plot
 bench
+cli.printing cli.options
+cli.evaluation cli.files cli.measure cli.method
 cli
 __main__
 """
@@ -54,8 +56,9 @@ METHOD_RANK = RANK.pop("<method>")
 # Loading one of these takes seconds, or it may be absent: never at import time.
 HEAVY = {"accelerate", "diffusers", "matplotlib", "peft", "scipy", "torchmetrics", "torchvision", "transformers"}
 
-# In test_integrations and test_calibrate.
+# In test_integrations, test_calibrate and, by the commands, in test_cli and wherever else one is run.
 TESTED_BY_WHAT_THEY_DO = {"integrations.peft", "integrations.torchao", "watching"}
+TESTED_BY_WHAT_THEY_DO |= {name for name in MODULES if name.startswith("cli.")}
 
 LAYER_NAME = re.compile(r"attn[12]|conv_shortcut|to_[qkv]\b|(up|down)_blocks\.|mid_block|ff\.net|proj_(in|out)\b")
 MAY_NAME_LAYERS = {"families", "tiny_model"}

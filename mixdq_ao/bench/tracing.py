@@ -85,7 +85,7 @@ def tool_commands(out: Path, arguments: Sequence[str]) -> dict[str, list[str]]:
 
     ``arguments`` are those of ``mixdq-ao bench``; ``out`` is the file to write, without its suffix.
     """
-    step = [sys.executable, "-m", "mixdq_ao.cli", "bench", *arguments, STEP_ONLY]
+    step = [sys.executable, "-m", "mixdq_ao", "bench", *arguments, STEP_ONLY]
     tools = {
         "nsys": ["nsys", "profile", "--force-overwrite=true", "--trace=cuda,nvtx", "--capture-range=cudaProfilerApi",
                  "--capture-range-end=stop", f"--output={out}"],
