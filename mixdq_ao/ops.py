@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixdq_ao.bits import act_width
-from mixdq_ao.errors import MixDQError
+from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.packing import unpack
 
 # On a CPU the operators work in blocks whose temporaries stay in its cache, instead of on whole tensors: fresh memory
@@ -487,6 +487,22 @@ def _conv2d_weight_only(x, qdata, scale, bias, stride, pad, dilation, bits, inpu
 def _(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
     padded = x.new_empty(_padded_shape(x, pad))
     return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
+
+
+# --- what there is no formula for -------------------------------------------------------------------------------------
+
+
+@_define("no_backward(Tensor grad, SymInt[] shape) -> Tensor")
+def _no_backward(grad, shape):
+    """Stands for the gradient, of that shape, of what a quantized layer reads."""
+    raise UnsupportedError(
+        "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
+    )
+
+
+@_fake("no_backward")
+def _(grad, shape):
+    return grad.new_empty(shape)
 
 
 # --- the CUDA library -------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ Everything that a layer needs to compute lives on the weight, in tensors; attrib
 layers, because they are guards under ``torch.compile``.
 """
 
+import functools
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from mixdq_ao import layers, ops
+from mixdq_ao import layers, ops, packing
 from mixdq_ao.bits import act_width, width
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.packing import pack, packed_channels, unpack
@@ -283,11 +287,12 @@ class MixDQTensor(TorchAOBaseTensor):
         return self.shape, self.bits, self.act_bits, self.input_groups, self.__tensor_flatten__()[0]
 
     def _stable_hash_for_caching(self) -> str:
-        """For torch's cache of compiled graphs, which hashes this: everything about the tensor but its values."""
+        """For torch's cache of compiled graphs, which hashes this: everything about the tensor but its values, and the
+        code that it is compiled to."""
         names, attributes = self.__tensor_flatten__()
         parts = [(name, getattr(self, name)) for name in names]
         facts = [(name, t.dtype, tuple(t.shape), t.stride(), str(t.device)) for name, t in parts]
-        return repr((type(self).__name__, facts, sorted(attributes.items())))
+        return repr((type(self).__name__, facts, sorted(attributes.items()), _code()))
 
     def _shared_values(self) -> tuple:
         """What layers of one ``act_group`` have in common. Reads values: slow where they are on a GPU."""
@@ -322,6 +327,13 @@ class MixDQTensor(TorchAOBaseTensor):
 
 
 torch.serialization.add_safe_globals([MixDQTensor])
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of what computes a layer: a graph in the cache may come from another version of it."""
+    paths = (__file__, layers.__file__, ops.__file__, packing.__file__)
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
 # --- construction -----------------------------------------------------------------------------------------------------
@@ -427,20 +439,20 @@ class InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, source):
+        ctx.shape = source.shape
         return output.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        raise UnsupportedError(
-            "a quantized layer has no backward pass. Run it under torch.no_grad(), or train before quantize_()"
-        )
+        # An operator, so that a graph that is compiled with its backward raises when that runs.
+        return None, torch.ops.mixdq_ao.no_backward(grad, ctx.shape)
 
 
 def _run(layer, x, w, bias, *args) -> Tensor:
     if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
         raise UnsupportedError(f"F.{layer.__name__}: only the weight may be a quantized tensor")
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if not wants_grad or torch.compiler.is_compiling():
+    if not wants_grad or torch.compiler.is_exporting():
         return layer(x, w, bias, *args)
     with torch.no_grad():
         output = layer(x, w, bias, *args)

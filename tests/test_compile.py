@@ -13,7 +13,7 @@ from reference import assert_same, sqnr
 from torch import nn
 from torch._dynamo.utils import counters
 
-from mixdq_ao import MixDQConfig, quantize_
+from mixdq_ao import MixDQConfig, UnsupportedError, quantize_, tensor
 from mixdq_ao.tensor import MixDQTensor
 
 STATIC = {"act_scale": 0.03, "act_zero_point": -20.0}
@@ -82,6 +82,36 @@ def test_grad_modes(mode):
     block = Block(**STATIC)
     with mode():
         assert_same(torch.compile(block, fullgraph=True, backend="aot_eager")(image()), block(image()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_backward_is_refused_with_the_reason(kind, backend):
+    """When it runs, and not before: the residual path alone would give a wrong gradient, a bias none."""
+    block = Block(**KINDS[kind])
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for source in (image().requires_grad_(), block.linear.bias.requires_grad_()):
+        x = source if source.dim() == 4 else image()
+        torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-6)
+        with pytest.raises(UnsupportedError, match="no backward pass.*torch.no_grad"):
+            compiled(x).sum().backward()
+    with torch.no_grad():
+        assert not compiled(image().requires_grad_()).requires_grad
+
+
+def test_the_caches_of_torch_know_our_code(monkeypatch, tmp_path):
+    """A graph that another version of the library left on the disk is not taken."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def cache_hits() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(Block(**STATIC), fullgraph=True)(image())
+        return counters["aot_autograd"]["autograd_cache_hit"]
+
+    assert [cache_hits(), cache_hits()] == [0, 1]
+    monkeypatch.setattr(tensor, "_code", lambda: "another")
+    assert cache_hits() == 0
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
