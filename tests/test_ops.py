@@ -413,7 +413,7 @@ OP_CASES = list(op_cases())
 
 def test_every_operator_is_checked():
     names = {n.removeprefix("mixdq_ao::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("mixdq_ao::")}
-    assert {name for _, name, _ in OP_CASES} == names
+    assert {name for _, name, _ in OP_CASES} == names - {"no_backward"}  # which does nothing but raise
 
 
 @pytest.mark.parametrize(("name", "args"), [c[1:] for c in OP_CASES], ids=[c[0] for c in OP_CASES])
