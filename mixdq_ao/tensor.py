@@ -4,17 +4,14 @@ Everything that a layer needs to compute lives on the weight, in tensors; attrib
 layers, because they are guards under ``torch.compile``.
 """
 
-import functools
-import hashlib
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from mixdq_ao import layers, ops, packing
+from mixdq_ao import layers, ops
 from mixdq_ao.bits import act_width, width
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.packing import pack, packed_channels, unpack
@@ -329,11 +326,9 @@ class MixDQTensor(TorchAOBaseTensor):
 torch.serialization.add_safe_globals([MixDQTensor])
 
 
-@functools.cache
 def _code() -> str:
-    """A hash of what computes a layer: a graph in the cache may come from another version of it."""
-    paths = (__file__, layers.__file__, ops.__file__, packing.__file__)
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
+    """A hash of what a layer is traced to: a graph in the cache may come from another version of it."""
+    return get_hash_for_files((__file__, layers.__file__, ops.__file__)).hex()
 
 
 # --- construction -----------------------------------------------------------------------------------------------------
