@@ -11,9 +11,10 @@ import os
 import pickle
 import re
 import secrets
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mixdq_ao.errors import CheckpointError, MixDQError
 MAX_TEXT_BYTES = 16 * 2**20  # plans, name lists and headers; real ones are under 2 MiB
 MAX_DIMENSIONS = 8
 METADATA_KEY = "__metadata__"
+ABANDONED_SECONDS = 3600  # a temporary file that nobody has written to for so long has lost its writer
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,18 +47,43 @@ def replacing(path):
     """Yields a binary file open for writing that takes the place of ``path`` if, and only if, the block succeeds.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over ``path`` in one step.
+    An ``OSError``, such as that of a full disk, names ``path``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    with naming(path, temporary):
+        _drop_leftovers(path)
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what matters
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def naming(path, temporary=None):
+    """An ``OSError`` of the block that names no file, such as that of a full disk, or ``temporary``, names ``path``."""
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Remove temporary files of ``path`` that a killed process left behind: one of a model holds gigabytes."""
+    mine = re.compile(rf"\.{re.escape(path.name[:64])}\.[0-9a-f]{{16}}\.tmp")
+    for entry in os.scandir(path.parent):
+        if mine.fullmatch(entry.name):
+            with suppress(FileNotFoundError):  # its writer was alive after all, or another process removes it, too
+                if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                    os.unlink(entry)
 
 
 def write_text(path, text: str) -> None:
