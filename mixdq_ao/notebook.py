@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from mixdq_ao.errors import CheckpointError, MixDQError
-from mixdq_ao.files import parse_json
+from mixdq_ao.files import naming, parse_json
 
 ROWS = "rows-{}.jsonl"
 
@@ -36,12 +36,15 @@ class Notebook:
             self._append({"settings": self._settings})
 
     def _append(self, line: dict) -> None:
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, (json.dumps(line, allow_nan=False) + "\n").encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        with naming(self._path):
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                while data:  # a disk that is nearly full takes a part, and refuses the rest
+                    data = data[os.write(file, data) :]
+                os.fsync(file)
+            finally:
+                os.close(file)
 
     def add(self, what: str, key, value: dict) -> None:
         self._append({"what": what, "key": key, **value})
@@ -50,24 +53,27 @@ class Notebook:
         """``(what, key)`` to the values, of all processes. Raises ``MixDQError`` for another measurement's files."""
         found = {}
         for path in sorted(self._folder.glob(ROWS.format("*"))):
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            lines = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]
             values = [parse_json(path, f"line {i}", line) for i, line in enumerate(lines, 1)]
             if not values:
                 continue  # a process that is about to write its first line
-            first, *rows = values
-            noted = all(isinstance(row, dict) and {"what", "key"} <= row.keys() for row in rows)
-            if not (noted and isinstance(first, dict) and first.keys() == {"settings"}):
+            noted = all(isinstance(v, dict) and ("settings" in v or {"what", "key"} <= v.keys()) for v in values)
+            if not (noted and "settings" in values[0]):
                 raise CheckpointError(path, "", "must hold what a measurement has noted, line by line")
-            theirs = first["settings"]
-            different = [key for key in {*theirs, *self._settings} if theirs.get(key) != self._settings.get(key)]
-            if different:
-                raise MixDQError(
-                    f"{path}: this is a measurement with other {', '.join(sorted(different))}. Give the same arguments "
-                    "to go on with it, or another folder"
-                )
-            for row in rows:
+            for row in values:
+                if "settings" in row:  # more than once where two calls began the file at one moment
+                    self._check_settings(path, row["settings"])
+                    continue
                 key = (row["what"], row["key"])
                 if row["what"] == "seconds":
                     row["seconds"] += found.get(key, {"seconds": 0.0})["seconds"]
                 found[key] = row
         return found
+
+    def _check_settings(self, path: Path, theirs: dict) -> None:
+        different = [key for key in {*theirs, *self._settings} if theirs.get(key) != self._settings.get(key)]
+        if different:
+            raise MixDQError(
+                f"{path}: this is a measurement with other {', '.join(sorted(different))}. Give the same arguments "
+                "to go on with it, or another folder"
+            )

@@ -1,7 +1,11 @@
 """The notebook of a long measurement: nothing is lost, and nothing of another measurement is taken for its own."""
 
+import json
+import os
+
 import pytest
 
+from mixdq_ao import notebook
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.notebook import Notebook
 
@@ -73,3 +77,40 @@ def test_a_number_that_json_lacks_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         notebook.add("weight", "conv_in", {"sqnr": float("nan")})
     assert (tmp_path / "rows-0.jsonl").read_bytes() == before
+
+
+def test_a_nearly_full_disk_takes_a_line_in_parts_or_refuses_it(tmp_path, monkeypatch):
+    one, left, write = Notebook(tmp_path, SETTINGS, 0), [10, 10, 10**6], os.write
+    monkeypatch.setattr(notebook.os, "write", lambda file, data: write(file, data[: left.pop(0)]))
+    one.add("weight", "conv_in", {"sqnr": {}})
+    assert ("weight", "conv_in") in one.read()
+
+    def full(file, data):
+        if len(data) < 20:
+            raise OSError(28, os.strerror(28))
+        return write(file, data[:20])
+
+    monkeypatch.setattr(notebook.os, "write", full)
+    with pytest.raises(OSError, match="No space left on device: .*rows-0.jsonl"):
+        one.add("weight", "conv_out", {"sqnr": {}})
+    monkeypatch.undo()
+    assert Notebook(tmp_path, SETTINGS, 0).done == {("weight", "conv_in")}
+
+
+def test_two_calls_that_begin_a_file_at_one_moment(tmp_path):
+    """Neither sees the other's first line; what either notes then is read by both."""
+    one = Notebook(tmp_path, SETTINGS, 0)
+    path = tmp_path / "rows-0.jsonl"
+    path.write_bytes(2 * path.read_bytes())
+    one.add("weight", "conv_in", {"sqnr": {}})
+    assert Notebook(tmp_path, SETTINGS, 0).done == {("weight", "conv_in")}
+    with open(path, "a") as file:
+        file.write(json.dumps({"settings": {**SETTINGS, "seed": 1}}) + "\n")
+    with pytest.raises(MixDQError, match="other seed"):
+        one.read()
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "rows-0.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(MixDQError, match="rows-0.jsonl.*line 1"):
+        Notebook(tmp_path, SETTINGS, 0)
