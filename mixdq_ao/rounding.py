@@ -94,8 +94,9 @@ def round_weights_(
         codes = gptq_codes(weight, gram, old.scale, old.bits, old.input_groups)
         new = _with_codes(old, codes)
         before, after = (_output_error(weight - w.dequantize(torch.float32), gram) for w in (old, new))
-        shares[name] = (after / before) ** 0.5 if 0 < after < before else 1.0
+        shares[name] = 1.0
         if after < before:
+            shares[name] = (after / before) ** 0.5
             modules[name].weight = nn.Parameter(new, requires_grad=False)
     return shares
 
@@ -175,7 +176,7 @@ def _inverse_factor(gram: Tensor) -> Tensor:
 
 def _output_error(difference: Tensor, gram: Tensor) -> float:
     rows = difference.flatten(1).double()
-    return float(((rows @ gram.double()) * rows).sum())
+    return max(0.0, float(((rows @ gram.double()) * rows).sum()))  # a sum of squares, but for its rounding
 
 
 def _with_codes(old: MixDQTensor, codes: Tensor) -> MixDQTensor:

@@ -38,6 +38,18 @@ def test_uncorrelated_inputs_round_to_nearest():
     assert torch.equal(gptq_codes(weight, torch.eye(24), nearest.scale, 4, [24]), nearest.int_repr())
 
 
+def test_the_share_of_an_error_that_is_gone_is_zero():
+    """Inputs that are always equal see the sum of the weights alone, which the second code can make up for."""
+    floating, quantized = (nn.Sequential(nn.Linear(2, 1, bias=False)) for _ in range(2))
+    weight = torch.tensor([[0.25, 0.25]])
+    floating[0].weight = nn.Parameter(weight)
+    old = MixDQTensor.from_float(weight, 4, scale=torch.tensor([[0.5]]))
+    quantized[0].weight = nn.Parameter(old, requires_grad=False)
+    assert old.int_repr().tolist() == [[0, 0]]
+    assert round_weights_(quantized, floating, {"0": torch.ones(2, 2)}, progress=False) == {"0": 0.0}
+    assert sorted(quantized[0].weight.int_repr().tolist()[0]) == [0, 1]
+
+
 @pytest.mark.parametrize("stride,padding,dilation", [(1, 1, 1), (2, 0, 1), (1, 2, 2)])
 def test_gram_of_a_convolution(stride, padding, dilation):
     torch.manual_seed(0)
