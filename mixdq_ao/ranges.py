@@ -68,8 +68,10 @@ class InputRange:
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : -BINS // 4] = merged
             self.limit *= 2
-        # Exact: dividing by a power of two rounds nothing, and every value lies below the limit.
-        bins = torch.floor(x.float().flatten() / (2 * self.limit / BINS)).int() + BINS // 2
+        # Exact: dividing by a power of two rounds nothing, and every value lies below the limit. Not in half precision,
+        # whose range may lack the quotient.
+        x = x if x.dtype == torch.float64 else x.float()
+        bins = torch.floor(x.flatten() / (2 * self.limit / BINS)).int() + BINS // 2
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def ends(self, method: str, bits: int) -> tuple[float, float]:

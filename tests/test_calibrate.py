@@ -53,6 +53,13 @@ def test_histogram_grows_exactly():
     assert int(grown.counts[BINS // 2 :].sum()) == 501 and int(grown.counts[: BINS // 8].sum()) == 1
 
 
+def test_histogram_of_doubles_just_below_a_power_of_two():
+    """In float32 they would be that power, which lies outside."""
+    values = torch.tensor([2 - 1e-12, -2 + 1e-12, 0.5], dtype=torch.float64)
+    seen = watch([values])
+    assert seen.limit == 2 and int(seen.counts.sum()) == 3 and int(seen.counts[-1]) == int(seen.counts[0]) == 1
+
+
 def test_ema_is_one_state_with_the_original_momentum():
     seen = watch([torch.tensor([-1.0, 2.0]), torch.tensor([-3.0, 6.0])], histogram=False)
     assert seen.ends("ema", 8) == pytest.approx((-1.0 - 0.05 * 2, 2.0 + 0.05 * 4))
