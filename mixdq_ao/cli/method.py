@@ -122,7 +122,7 @@ def calibrate(
         state=state,
     )
     params.save(out)
-    state.unlink()
+    state.unlink(missing_ok=True)  # the same command, run twice at one time, removes it twice
     console().print(f"{len(params.layers)} layers written to {out}", soft_wrap=True)
 
 
