@@ -1,8 +1,11 @@
 """The shipped model: loads alone, is what it says, draws what it is asked, keeps SDXL's outlier token."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from mixdq_ao.scene_reader import caption_accuracy
 from mixdq_ao.scenes import held_out_captions
@@ -40,6 +43,18 @@ def test_it_is_a_stable_diffusion_xl_pipeline(pipe):
 def test_each_word_is_one_token(pipe):
     for caption in held_out_captions(50, seed=3):
         assert len(pipe.tokenizer(caption).input_ids) == len(caption.replace(",", " ,").split()) + 2
+
+
+def test_transformers_4_can_read_it_too():
+    """Its text encoders are random, with a warning only, where names of weights are those of transformers 5."""
+    for name in ("text_encoder", "text_encoder_2"):
+        names = safe_open(TINY_SDXL / name / "model.safetensors", "pt").keys()
+        assert {key.partition(".")[0] for key in names} <= {"text_model", "text_projection"}
+    for name in ("tokenizer", "tokenizer_2"):
+        model = json.loads((TINY_SDXL / name / "tokenizer.json").read_text())["model"]
+        assert json.loads((TINY_SDXL / name / "vocab.json").read_text()) == model["vocab"]
+        merges = (TINY_SDXL / name / "merges.txt").read_text().splitlines()[1:]
+        assert merges == [" ".join(pair) for pair in model["merges"]]
 
 
 @torch.no_grad()

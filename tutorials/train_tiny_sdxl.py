@@ -37,6 +37,7 @@ from diffusers import (
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mixdq_ao import scenes
@@ -733,10 +734,20 @@ def write_asset(denoiser: Denoiser, vae: AutoencoderTiny, tokenizers: tuple, wor
     pipe.to("cpu", torch.float16)
     amplify_outliers(pipe)
     pipe.save_pretrained(out)
+    write_for_older_transformers(pipe, out)
     history = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES if _has(work, name)}
     write_whole(out / "training.json", history)
     plot_losses({name: note for name, note in history.items() if note["losses"]}, out / "losses.png")
     console.print(f"wrote {out}: {folder_bytes(out) / 1e6:.2f} MB")
+
+
+def write_for_older_transformers(pipe: StableDiffusionXLPipeline, out: Path) -> None:
+    """Names of weights and vocabularies as transformers 4 reads them, which without them would take random weights."""
+    path = out / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    for name in ("tokenizer", "tokenizer_2"):
+        getattr(pipe, name).backend_tokenizer.model.save(str(out / name))
 
 
 def _has(work: Path, name: str) -> bool:
