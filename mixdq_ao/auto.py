@@ -85,7 +85,9 @@ class Settings:
         if not math.isfinite(self.guidance_scale):
             raise MixDQError(f"guidance_scale must be a finite number; found {self.guidance_scale}")
         check_mean_bits(self.budget, "budget")
-        sizes = {name: math.prod(shape) for name, shape in families.layer_shapes(unet).items()}
+        floating = families.grouped_convolutions(unet)
+        shapes = families.layer_shapes(unet)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items() if name not in floating}
         low, high = allocation.offered_means(sizes, "weight", families.family_of(unet))
         if not low - EDGE_SLACK <= self.budget <= high + EDGE_SLACK:
             # Rounded up, so that the budget that is named has a plan.
@@ -132,7 +134,7 @@ def auto(
     belongs to another call, and, before anything is written, for settings that a stage would refuse.
     """
     settings = settings or Settings()
-    settings.check(pipe.unet)
+    settings.check(families.denoiser_of(pipe))
     folder = Path(out)
     run = _Run(
         pipe, checked_prompts(prompts, "auto()"), checked_prompts(captions, "auto()"), folder, settings, progress
@@ -167,7 +169,8 @@ class _Run:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.call = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
         self.batches = {"batch_size": settings.batch_size, "progress": progress, **self.call}
-        self.shapes = families.layer_shapes(pipe.unet)
+        self.model = families.denoiser_of(pipe)
+        self.shapes = families.layer_shapes(self.model)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class _Run:
         asked = own | {
             "prompts": digest(self.prompts),
             "captions": digest(self.captions),
-            "unet": fingerprint(self.pipe.unet),
+            "unet": fingerprint(self.model),
         }
         path = self.folder / "settings.json"
         found = parse_json(path, "", read_text(path)) if path.exists() else asked
@@ -258,7 +261,7 @@ class _Run:
 
     def _problem(self, measured: Sensitivity) -> allocation.Problem:
         scores = measured.scores["weight"]
-        family = families.family_of(self.pipe.unet)
+        family = families.family_of(self.model)
         return allocation.problem(scores.get("ssim"), scores["sqnr"], measured.sizes["weight"], family=family)
 
     def choose(self, params: QuantParams, candidates: list[Candidate]) -> BitPlan:
@@ -329,11 +332,11 @@ class _Run:
     def _save_model(self, path: Path, params: QuantParams, plan: BitPlan) -> None:
         if path.exists():
             return
-        unet = copy.deepcopy(self.pipe.unet)
+        unet = copy.deepcopy(self.model)
         quantize_(unet, MixDQConfig(params, dict(plan), 8), progress=False)
         if self.settings.rounding:
             text = [name for name, p in params.layers.items() if p.bos_output is not None]
-            round_from_data_(unet, self.pipe.unet, self._run_prompts, without_bos=text, progress=self.progress)
+            round_from_data_(unet, self.model, self._run_prompts, without_bos=text, progress=self.progress)
         save(unet, path)
 
     def _run_prompts(self) -> None:
@@ -377,7 +380,7 @@ class _Run:
             "command": "mixdq-ao auto",
             "settings": parse_json("settings.json", "", read_text(self.folder / "settings.json")),
             "versions": {"mixdq_ao": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "device": str(next(self.pipe.unet.parameters()).device),
+            "device": str(next(self.model.parameters()).device),
             "chosen": name,
             "findings": findings,
             "evaluation": evaluation.to_json(),
@@ -409,6 +412,7 @@ class _Run:
             plan=plan,
             shapes=self.shapes,
             sensitivity=panels,
+            family=families.family_of(self.model),
             points=points,
             facts=self._facts(plan, measured),
             findings=findings,

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,15 +103,18 @@ class Recorder:
     def __init__(self, model: nn.Module, method: str = "minmax", weight_method: str = "minmax"):
         check_methods(method, weight_method)
         self._model, self._method, self._weight_method = model, method, weight_method
-        family, points = families.family_of(model), families.split_points(model)
+        family, self._points = families.family_of(model), families.split_points(model)
         self.watches: dict[str, _Watch] = {}
         for name, module in families.layers_of(model).items():
-            channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
-            groups = points.get(name, [module.weight.shape[1]])
+            is_conv = isinstance(module, nn.Conv2d)
+            channels = module.in_channels if is_conv else module.in_features  # a grouped convolution's weight has fewer
+            channel_dim = 1 if is_conv else -1
+            groups = self._points.get(name, [channels])
             self.watches[name] = _Watch(groups, channel_dim, family.sees_text(name), method in ("percentile", "mse"))
 
     def params(self, bos: bool = True, progress: bool | None = False) -> QuantParams:
-        """Scales and zero points of all layers, from what was seen so far.
+        """Scales and zero points of all layers, from what was seen so far; grouped convolutions, which cannot be
+        quantized, are named in ``protect``.
 
         ``bos``: leave a constant first token out of the ranges and keep its input and output. Raises ``MixDQError``
         for layers that were never run.
@@ -120,21 +125,24 @@ class Recorder:
         layers = families.layers_of(self._model)
         return QuantParams(
             layers={
-                name: self._layer(layers[name], watch, bos and watch.has_bos)
+                name: self._layer(name, layers[name], bos and watch.has_bos)
                 for name, watch in track(self.watches.items(), "Scales", len(self.watches), progress)
             },
             bos_aware=bos and any(w.has_bos for w in self.watches.values()),
             model_hash=model_hash(families.layer_shapes(self._model)),
+            protect=families.grouped_convolutions(self._model),
             source="calibration",
         )
 
-    def _layer(self, module: nn.Module, watch: _Watch, bos: bool) -> LayerParams:
+    def _layer(self, name: str, module: nn.Module, bos: bool) -> LayerParams:
+        watch = self.watches[name]
         weight = module.weight.detach().as_subclass(Tensor)  # while it is watched, too
         ranges = watch.ranges["without_bos" if bos else "all"]
         act = {b: scale_and_zero_point([r.ends(self._method, b) for r in ranges], b) for b in ACT_BITS}
+        groups = self._points.get(name, [weight.shape[1]])
         token = watch.bos.to(weight) if bos else None
         return LayerParams(
-            weight_scale={b: weight_scale(weight, b, watch.groups, self._weight_method).cpu() for b in WEIGHT_BITS},
+            weight_scale={b: weight_scale(weight, b, groups, self._weight_method).cpu() for b in WEIGHT_BITS},
             act_scale={b: scale for b, (scale, _) in act.items()},
             act_zero_point={b: zero_point for b, (_, zero_point) in act.items()},
             bos_input=token.cpu() if bos else None,
@@ -192,7 +200,8 @@ def calibrate(
     progress: bool | None = None,
     **pipe_kwargs,
 ) -> QuantParams:
-    """Run a diffusers pipeline on ``prompts`` and derive quantization parameters for its UNet from what enters it.
+    """Run a diffusers pipeline on ``prompts`` and derive quantization parameters for its UNet, or its transformer, from
+    what enters it.
 
     Activations: one asymmetric range per layer and input group, by ``method``: ``"minmax"``, ``"ema"``,
     ``"percentile"`` or ``"mse"`` (see ``ranges``). Weights: symmetric scales per output channel for 8, 4 and 2 bits,
@@ -205,7 +214,7 @@ def calibrate(
     Raises ``MixDQError`` without prompts, for a layer whose input is not finite, for a layer that never ran, and for a
     ``state`` that belongs to another call.
     """
-    prompts = checked_prompts(prompts, "calibrate()")
+    prompts, model = checked_prompts(prompts, "calibrate()"), families.denoiser_of(pipe)
     settings = {
         "method": method,
         "steps": num_inference_steps,
@@ -213,11 +222,11 @@ def calibrate(
         "batch_size": batch_size,
         "seed": seed,
         "prompts": digest(prompts),
-        "pipe_kwargs": digest(sorted((name, repr(value)) for name, value in pipe_kwargs.items())),
-        "model_hash": model_hash(families.layer_shapes(pipe.unet)),
+        "pipe_kwargs": arguments_digest(pipe_kwargs),
+        "model_hash": model_hash(families.layer_shapes(model)),
     }
-    with observe(pipe.unet, method, weight_method) as recorder:
-        done = _restore(state, recorder, settings, _device(pipe.unet))
+    with observe(model, method, weight_method) as recorder:
+        done = _restore(state, recorder, settings, _device(model))
         runs = run_batches(
             pipe,
             prompts,
@@ -287,6 +296,24 @@ def check_methods(method: str, weight_method: str) -> None:
 def digest(value) -> str:
     """SHA-256, in hex, of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def arguments_digest(arguments: Mapping[str, object]) -> str:
+    """SHA-256, in hex, of arguments by name: the same for equal values in every process, pictures and arrays too."""
+    return digest([(name, _described(value)) for name, value in sorted(arguments.items())])
+
+
+def _described(value):
+    if isinstance(value, Mapping):
+        return [(str(key), _described(v)) for key, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [_described(v) for v in value]
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().double().numpy()  # numpy has no bfloat16
+    if hasattr(value, "__array_interface__"):  # arrays and pictures, whose text leaves out what is in them
+        array = np.asarray(value)
+        return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -209,16 +209,19 @@ def _resolve(model, config: MixDQConfig, filter_fn) -> dict[str, MixDQLayerConfi
         raise MixDQError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d layer to quantize")
     params = _params(config.checkpoint)
     _check_names(params, all_layers, model)
-    weight_plan = _plan(config.weight_bits, params and params.weight_plan, all_layers, "weight")
-    act_plan = _plan(config.act_bits, params and params.act_plan, all_layers, "act")
     protect = set(_protected(config.protect, params, all_layers))
+    weight_plan = _plan(config.weight_bits, params and params.weight_plan, all_layers, protect, "weight")
+    act_plan = _plan(config.act_bits, params and params.act_plan, all_layers, protect, "act")
     bos = _bos(config.bos, params, all_layers)
     points = families.split_points(model)
-    recipes: dict[str, MixDQLayerConfig | str] = {}
+    recipes: dict[str, MixDQLayerConfig | str] = {
+        name: reason
+        for name, module in all_layers.items()
+        if (reason := _floating_reason(name, module, weight_plan, act_plan, protect, filter_fn))
+    }
+    _refuse_grouped([name for name in families.grouped_convolutions(model) if name not in recipes], all_layers)
     for name, module in all_layers.items():
-        reason = _floating_reason(name, module, weight_plan, act_plan, protect, filter_fn)
-        if reason:
-            recipes[name] = reason
+        if name in recipes:
             continue
         bits, act_bits = weight_plan[name], act_plan[name]
         recipes[name] = _layer_config(name, module, bits, act_bits, params, points.get(name))
@@ -257,7 +260,7 @@ def _refuse_unknown(names, layers, source: str) -> None:
         )
 
 
-def _plan(value, default: BitPlan | None, layers, what: str) -> BitPlan:
+def _plan(value, default: BitPlan | None, layers, protect: set[str], what: str) -> BitPlan:
     if isinstance(value, str) and value == AUTO:
         value = 8 if default is None else default
     if value is None or isinstance(value, int):
@@ -269,7 +272,7 @@ def _plan(value, default: BitPlan | None, layers, what: str) -> BitPlan:
     else:
         plan = BitPlan.read(value)
     _refuse_unknown(plan, layers, plan.source)
-    missing = [name for name in layers if name not in plan]
+    missing = [name for name in layers if name not in plan and name not in protect]
     if missing and what == "weight":
         raise PlanError(
             f"{plan.source}: {len(missing)} layers of the model have no entry: {name_list(missing)}. "
@@ -321,16 +324,21 @@ def _floating_reason(name, module, weight_plan, act_plan, protect, filter_fn) ->
         return f"not in {act_plan.source}"
     if weight_plan[name] is None:
         return f"floating in {weight_plan.source}"
-    if getattr(module, "groups", 1) != 1:
-        raise UnsupportedError(
-            f"{name}: grouped convolutions cannot be quantized; found groups={module.groups}. Protect the layer"
-        )
     if not module.weight.is_floating_point() or type(module.weight.data) is not Tensor:
         raise UnsupportedError(
             f"{name}: the weight must be a plain floating tensor; found {type(module.weight.data).__name__} of "
             f"{module.weight.dtype}. Protect the layer"
         )
     return ""
+
+
+def _refuse_grouped(names: list[str], layers) -> None:
+    if names:
+        raise UnsupportedError(
+            f"{name_list(names)}: grouped convolutions cannot be quantized; found groups={layers[names[0]].groups}. "
+            "Protect them, as calibrate() does: MixDQConfig(protect=[name for name, m in model.named_modules() if "
+            "getattr(m, 'groups', 1) > 1])"
+        )
 
 
 def _layer_config(name, module, bits, act_bits, params: QuantParams | None, points) -> MixDQLayerConfig:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mixdq_ao import extras as extra_metrics
 from mixdq_ao import families
-from mixdq_ao.calibrate import checked_prompts, digest, generators
+from mixdq_ao.calibrate import arguments_digest, checked_prompts, digest, generators
 from mixdq_ao.config import MixDQConfig, quantize_
-from mixdq_ao.errors import MixDQError
+from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.files import TensorFile, parse_json, read_text, write_tensors, write_text
 from mixdq_ao.model_file import load
 from mixdq_ao.progress import track
@@ -58,6 +58,16 @@ def picture_batch(pictures: Sequence) -> Tensor:
     if not arrays or any(a.shape != arrays[0].shape or a.ndim != 3 or a.shape[2] != 3 for a in arrays):
         raise MixDQError(f"pictures must be RGB and of one size; found shapes {sorted({a.shape for a in arrays})}")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def pictures_of(pipe, output):
+    """The pictures that a call of ``pipe`` gave, as it gives them. Raises ``UnsupportedError`` for one of video."""
+    if not hasattr(output, "images"):
+        raise UnsupportedError(
+            f"{type(pipe).__name__} makes no pictures that could be compared; found {type(output).__name__}. "
+            "calibrate() and quantize_() need none"
+        )
+    return output.images
 
 
 def ssim(reference: Sequence, pictures: Sequence) -> float:
@@ -212,7 +222,7 @@ def evaluate(
     """Draw ``captions`` at each of ``seeds`` with every variant of the UNet, and compare with the floating pictures.
 
     Args:
-        pipe: a diffusers pipeline whose ``unet`` is floating; it is the same afterwards.
+        pipe: a diffusers pipeline whose ``unet``, or ``transformer``, is floating; it is the same afterwards.
         variants: name to a ``MixDQConfig``, a file that ``mixdq_ao.save`` wrote, a function that changes a copy of the
             UNet in place, or None.
         extras: of ``extras.EXTRAS``: "lpips", "fid", "clip_score", "image_reward".
@@ -235,23 +245,24 @@ def evaluate(
         "captions": digest(captions),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "unet": fingerprint(pipe.unet),
-        "pipe_kwargs": digest(sorted((name, repr(value)) for name, value in pipe_kwargs.items())),
+        "unet": fingerprint(families.denoiser_of(pipe)),
+        "pipe_kwargs": arguments_digest(pipe_kwargs),
         "pictures": min(pictures, len(captions)),
         "extras": list(extras),
     }
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **pipe_kwargs}
     run = _Run(pipe, captions, batch_size, call, settings, scorers, None if out is None else Path(out), progress)
-    floating_unet = pipe.unet
+    part = families.denoiser_name(pipe)
+    floating_unet = getattr(pipe, part)
     references = {seed: run.reference(seed) for seed in seeds}
     rows, kept = [run.floating_row(references)], {FLOATING: references[seeds[0]]["pictures"][:pictures]}
     try:
         for name, recipe in variants.items():
-            pipe.unet = _make_unet(floating_unet, recipe)
+            setattr(pipe, part, _make_unet(floating_unet, recipe))
             row, kept[name] = run.row(name, references)
             rows.append(row)
     finally:
-        pipe.unet = floating_unet
+        setattr(pipe, part, floating_unet)
     return Evaluation(rows, captions, seeds, settings, kept)
 
 
@@ -339,7 +350,7 @@ class _Run:
 
     def row(self, name: str, references) -> tuple[Row, Tensor]:
         """The row of the pipeline's present UNet, and its pictures at the first seed."""
-        key = {"weights": fingerprint(self.pipe.unet), **self.settings}
+        key = {"weights": fingerprint(families.denoiser_of(self.pipe)), **self.settings}
         values: dict[str, list[float]] = {}
         kept = None
         for seed, reference in references.items():
@@ -354,7 +365,7 @@ class _Run:
         return self._row(name, values), kept
 
     def _row(self, name: str, values) -> Row:
-        unet = self.pipe.unet
+        unet = families.denoiser_of(self.pipe)
         nbytes = storage_bytes([*unet.parameters(), *unet.buffers()])
         return Row(name, mean_weight_bits(unet), nbytes / MIB, values)
 
@@ -381,7 +392,7 @@ class _Run:
 
     @torch.no_grad()
     def _draw(self, seed: int, text: str) -> dict[str, Tensor]:
-        unet, pictures, outputs = self.pipe.unet, [], []
+        unet, pictures, outputs = families.denoiser_of(self.pipe), [], []
         first: list[Tensor] = []
 
         def keep_first(module, args, output):
@@ -394,7 +405,8 @@ class _Run:
             for start in track(starts, text, len(starts), self.progress):
                 batch = self.captions[start : start + self.batch_size]
                 noise = generators(seed, range(start, start + len(batch)))
-                images = self.pipe(prompt=batch, generator=noise, output_type="np", **self.call).images
+                drawn = self.pipe(prompt=batch, generator=noise, output_type="np", **self.call)
+                images = pictures_of(self.pipe, drawn)
                 pictures.append(torch.from_numpy(np.rint(255 * images).astype(np.uint8)))
                 outputs.append(first.pop())
         finally:

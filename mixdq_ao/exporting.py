@@ -1,7 +1,6 @@
 """``mixdq_ao.export``: a UNet as one file of machine code and weights, which runs without compiling anything."""
 
 import contextlib
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -15,11 +14,13 @@ from mixdq_ao import siblings
 from mixdq_ao._version import __version__
 from mixdq_ao.errors import CheckpointError, MixDQError, UnsupportedError
 from mixdq_ao.files import regular_file, replacing
-from mixdq_ao.model_file import MODEL_CLASSES, config_of
+from mixdq_ao.model_file import config_of
 from mixdq_ao.passes import FuseQuantizers, Passes
 
 # Under this key the package's metadata hold our facts, as JSON.
 _KEY = "mixdq_ao"
+
+_EXPORTED = "UNet2DConditionModel"
 
 # What a package must share with the process that runs it: our operators are called by schema, torch by its C interface.
 _VERSIONS = {"mixdq_ao": __version__, "torch": torch.__version__}
@@ -49,9 +50,9 @@ def export(
         options: Inductor's
     """
     model = getattr(model, "_orig_mod", model)
-    if config_of(model) is None:
+    if type(model).__name__ != _EXPORTED:
         raise UnsupportedError(
-            f"export takes a {' or '.join(MODEL_CLASSES)}; found {type(model).__name__}. Use torch.export.export and "
+            f"export takes a {_EXPORTED}; found {type(model).__name__}. Use torch.export.export and "
             "torch._inductor.aoti_compile_and_package, which work for every quantized model"
         )
     if Path(path).suffix != ".pt2":
@@ -61,7 +62,6 @@ def export(
     tensors = _named_tensors(arguments)
     facts = {
         "versions": _VERSIONS,
-        "class_name": type(model).__name__,
         "config": config_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": arguments["sample"].device.type,
@@ -134,11 +134,12 @@ class ExportedModel(nn.Module):
     def __init__(self, package, facts: dict):
         super().__init__()
         self._package, self._facts = package, facts
-        model_class = getattr(importlib.import_module(MODEL_CLASSES[facts["class_name"]]), facts["class_name"])
-        self._signature = inspect.signature(model_class.forward)
+        from diffusers import UNet2DConditionModel
+
+        self._signature = inspect.signature(UNet2DConditionModel.forward)
         with torch.device("meta"):
             # Not as a submodule, whose parameters would be this module's.
-            self.__dict__["_skeleton"] = model_class(**facts["config"])
+            self.__dict__["_skeleton"] = UNet2DConditionModel(**facts["config"])
         self.dtype, self.device = getattr(torch, facts["dtype"]), torch.device(facts["device"])
 
     def __getattr__(self, name: str):

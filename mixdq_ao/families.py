@@ -1,12 +1,17 @@
-"""One row for each UNet family: the only place with names of layers.
+"""One row for each family of models: the only place with names of layers.
 
-Also what can be read off a model's structure: which layers there are, and where skip connections join.
+Also what can be read off a structure: which part of a pipeline denoises, which layers there are, and where skip
+connections join.
 """
 
 import re
 from dataclasses import dataclass
 
 from torch import nn
+
+from mixdq_ao.errors import UnsupportedError
+
+DENOISERS = ("unet", "transformer")  # what pipelines call the model that is quantized
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class ModelFamily:
     name: str
     content: tuple[str, ...] = ()
     text_layers: str | None = None
-    siblings_in_block: tuple[str, ...] = (r"(?<=attn1\.)to_[qkv]$",)
+    siblings_in_block: tuple[str, ...] = (r"(?<=attn1\.)to_[qkv]$", r"(?<=\battn\.)to_[qkv]$", r"add_[qkv]_proj$")
     siblings_in_model: tuple[str, ...] = (r"(^|\.)attn2\.to_[kv]$", r"(^|\.)time_emb_proj$")
 
     def is_content(self, layer: str) -> bool:
@@ -36,15 +41,44 @@ class ModelFamily:
 _UNET = {"content": ("ff", "attn2"), "text_layers": r"(^|\.)attn2\.to_[kv]$"}
 SDXL = ModelFamily("sdxl", **_UNET)
 SD = ModelFamily("sd", **_UNET)
+# Text of CLIP joins the pictures' tokens after one layer, Gemma's is read as in a UNet. T5, which FLUX and PixArt read,
+# has no token that every prompt begins with.
+SD3 = ModelFamily("sd3", text_layers=r"^context_embedder$")
+SANA = ModelFamily("sana", text_layers=r"^caption_projection\.linear_[12]$|(^|\.)attn2\.to_[kv]$")
 GENERIC = ModelFamily("generic")
-FAMILIES = {family.name: family for family in (SDXL, SD, GENERIC)}
+FAMILIES = {family.name: family for family in (SDXL, SD, SD3, SANA, GENERIC)}
+_BY_CLASS = {
+    "UNet2DConditionModel": SD,
+    "UNetMotionModel": SD,
+    "SD3Transformer2DModel": SD3,
+    "SanaTransformer2DModel": SANA,
+}
 
 
 def family_of(model: nn.Module) -> ModelFamily:
     """The row of ``model``; ``generic`` for one that is not known (no BOS layers, all layers quality layers)."""
-    if type(model).__name__ != "UNet2DConditionModel":
-        return GENERIC
-    return SDXL if model.config.get("addition_embed_type") == "text_time" else SD
+    names = (base.__name__ for base in type(model).__mro__)
+    family = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), GENERIC)
+    return SDXL if family is SD and model.config.get("addition_embed_type") == "text_time" else family
+
+
+def denoiser_name(pipe) -> str:
+    """The attribute of a diffusers pipeline that holds the model to quantize: its UNet, or else its transformer.
+
+    Raises ``UnsupportedError`` for a pipeline without one.
+    """
+    for name in DENOISERS:
+        if getattr(pipe, name, None) is not None:
+            return name
+    raise UnsupportedError(
+        f"{type(pipe).__name__} has no {' or '.join(DENOISERS)} to quantize. Quantize the parts that are large with "
+        "quantize_(pipe.<part>, MixDQConfig()), and calibrate them with observe()"
+    )
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The model of a pipeline that is quantized, see :func:`denoiser_name`."""
+    return getattr(pipe, denoiser_name(pipe))
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,6 +119,11 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(m.weight.shape) for name, m in layers_of(model).items()}
 
 
+def grouped_convolutions(model: nn.Module) -> list[str]:
+    """Names of the layers that cannot be quantized, because their convolution is grouped: they stay floating."""
+    return [name for name, layer in layers_of(model).items() if getattr(layer, "groups", 1) != 1]
+
+
 def split_points(model: nn.Module) -> dict[str, list[int]]:
     """Input groups ``[hidden, skip]`` of the shortcuts that read a concatenation of hidden state and skip connection.
 
@@ -93,15 +132,23 @@ def split_points(model: nn.Module) -> dict[str, list[int]]:
     """
     if not all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):
         return {}
+    blocks = [*model.down_blocks, *model.up_blocks]
+    if not all(hasattr(r, "out_channels") for block in blocks for r in getattr(block, "resnets", (None,))):
+        return {}
     skips = [model.conv_in.weight.shape[0]]
     for block in model.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         if getattr(block, "downsamplers", None):
             skips.append(block.resnets[-1].out_channels)
-    points = {}
-    for i, block in enumerate(model.up_blocks):
-        for j, resnet in enumerate(block.resnets):
-            skip = skips.pop()
-            if resnet.conv_shortcut is not None:
-                points[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = [resnet.in_channels - skip, skip]
-    return points
+    resnets = {
+        f"up_blocks.{i}.resnets.{j}": resnet
+        for i, block in enumerate(model.up_blocks)
+        for j, resnet in enumerate(block.resnets)
+    }
+    if len(skips) != len(resnets):
+        return {}  # not one skip for each resnet
+    return {
+        f"{name}.conv_shortcut": [resnet.in_channels - skip, skip]
+        for (name, resnet), skip in zip(resnets.items(), reversed(skips), strict=True)
+        if resnet.conv_shortcut is not None
+    }

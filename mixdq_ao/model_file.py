@@ -41,7 +41,17 @@ FORMAT = "mixdq_ao.model"
 FORMAT_VERSION = "1"
 
 # Class name -> module of a model that a file may ask for; nothing else is imported or built from a file.
-MODEL_CLASSES = {"UNet2DConditionModel": "diffusers"}
+MODEL_CLASSES = dict.fromkeys(
+    (
+        "UNet2DConditionModel",
+        "UNetMotionModel",
+        "FluxTransformer2DModel",
+        "PixArtTransformer2DModel",
+        "SD3Transformer2DModel",
+        "SanaTransformer2DModel",
+    ),
+    "diffusers",
+)
 
 _REQUIRED = ("qdata", "scale")
 _OPTIONAL = ("act_scale", "act_zero_point", "bos_input", "bos_output")

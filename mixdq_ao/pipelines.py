@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from mixdq_ao.errors import MixDQError
+from mixdq_ao import families
+from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.tiny_model import load_tiny_sdxl
 
 TINY = "tiny-sdxl"
@@ -35,8 +36,8 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     """The pipeline ``tiny-sdxl``, or one of diffusers from a folder or the local cache of a Hub name; without its
     progress bars. ``dtype`` is float32 on a CPU and float16 on a GPU by default.
 
-    Nothing is downloaded. Raises ``MixDQError`` for a name that is not there or has no UNet, and for a device that is
-    not there.
+    Nothing is downloaded. Raises ``MixDQError`` for a name that is not there or has no model to quantize, and for a
+    device that is not there.
     """
     dtype = dtype or (torch.float32 if checked_device(device).type == "cpu" else torch.float16)
     if str(name) == TINY:
@@ -51,7 +52,9 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
             f"{name}: not '{TINY}', and no diffusers pipeline on this machine ({reason[:200]}). Give a folder, or "
             "download it first: huggingface-cli download <name>"
         ) from error
-    if not hasattr(pipe, "unet"):
-        raise MixDQError(f"{name}: {type(pipe).__name__} has no UNet to quantize")
+    try:
+        families.denoiser_name(pipe)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

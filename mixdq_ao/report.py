@@ -47,6 +47,7 @@ def write_report(
     plan: BitPlan | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     sensitivity: Mapping[str, tuple[str, Scores]] | None = None,
+    family: families.ModelFamily = families.SDXL,
     points: Sequence[Point] = (),
     quality: str = "SSIM",
     facts: Mapping[str, str] | None = None,
@@ -58,7 +59,7 @@ def write_report(
         evaluation: what :func:`mixdq_ao.evaluate.evaluate` gave; its pictures go into the file.
         chosen: the variant that is shown first; the last one by default.
         plan, shapes: bits of the chosen variant, and the weight shape of each layer, for the map of bits.
-        sensitivity: heading -> (family's group: "content" or "quality", scores of one layer alone quantized).
+        sensitivity: heading -> (group of ``family``: "content" or "quality", scores of one layer alone quantized).
         points: plans for the plot; ``quality`` says what their quality is.
         facts: what else a reader needs to know, as it is printed; findings: sentences below the table.
 
@@ -93,7 +94,7 @@ def write_report(
         findings=list(findings),
         blocks=_blocks(plan, shapes),
         legend=_legend(plan, shapes),
-        sensitivity=_panels(sensitivity or {}),
+        sensitivity=_panels(sensitivity or {}, family),
         pareto=pareto_svg(points, quality) if points else "",
         pareto_note=f"Mean bits of the weights against {quality}; up and to the left is better.",
         facts=dict(facts or {}),
@@ -164,11 +165,11 @@ def _legend(plan: BitPlan | None, shapes) -> list[tuple[int, int, str]]:
 # --- sensitivity ------------------------------------------------------------------------------------------------------
 
 
-def _panels(sensitivity: Mapping[str, tuple[str, Scores]]) -> list[dict]:
+def _panels(sensitivity: Mapping[str, tuple[str, Scores]], family: families.ModelFamily) -> list[dict]:
     """The layers of each group with the lowest score at 4 bits; bars say how much is lost, relative to the worst."""
     panels = []
     for title, (group, scores) in sensitivity.items():
-        wanted = {n: s[4] for n, s in scores.items() if 4 in s and families.SDXL.is_content(n) == (group == "content")}
+        wanted = {n: s[4] for n, s in scores.items() if 4 in s and family.is_content(n) == (group == "content")}
         worst = sorted(wanted.items(), key=lambda item: item[1])[:BARS]
         if not worst:
             continue

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mixdq_ao import families
 from mixdq_ao.bits import FLOAT_BITS, KINDS
-from mixdq_ao.calibrate import checked_prompts, digest, generators
+from mixdq_ao.calibrate import arguments_digest, checked_prompts, digest, generators
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
-from mixdq_ao.evaluate import fingerprint, ssim_of_each
+from mixdq_ao.evaluate import fingerprint, pictures_of, ssim_of_each
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.notebook import Notebook
 from mixdq_ao.probing import Call, probe_call
@@ -116,7 +116,8 @@ def sensitivity(
     """Measure, or with ``cheap`` predict, the sensitivity of every layer at every width; writes tables into ``out``.
 
     Args:
-        pipe: a diffusers pipeline with a floating UNet; under ``accelerate launch`` it moves to the process's device.
+        pipe: a diffusers pipeline with a floating UNet or transformer; under ``accelerate launch`` it moves to the
+            process's device.
         params: scales and zero points at each width, from ``calibrate``; None = weights by their largest value,
             activations dynamic.
         out: a folder. Each layer (cheap: each batch) is noted there as soon as it is done, and the same call, made
@@ -126,7 +127,7 @@ def sensitivity(
         probes: random directions for each prompt in cheap mode; prompts * probes estimates are averaged.
         batch_size: pictures at a time; in cheap mode prompts * probes, with what a backward pass keeps for each (1.5
             GiB for SDXL at 512 px). Rounding weights takes as long for many prompts as for one.
-        layers: names of the layers to measure; all by default.
+        layers: names of the layers to measure; by default all but grouped convolutions, which stay floating.
 
     Raises ``MixDQError`` for a quantized model, unknown names, and for an ``out`` that holds another measurement.
     """
@@ -138,7 +139,10 @@ def sensitivity(
         raise MixDQError(f"kinds must be of {', '.join(KINDS)}; found {unknown}")
     processes = _Processes()
     processes.place(pipe)
-    every = families.layers_of(pipe.unet)
+    model = families.denoiser_of(pipe)
+    every = families.layers_of(model)
+    for name in families.grouped_convolutions(model):  # they stay floating
+        del every[name]
     quantized = [name for name, m in every.items() if isinstance(m.weight, MixDQTensor)]
     if quantized:
         raise MixDQError(
@@ -156,8 +160,8 @@ def sensitivity(
         "guidance_scale": guidance_scale,
         "batch_size": batch_size,
         "seed": seed,
-        "pipe_kwargs": digest(sorted((name, repr(value)) for name, value in pipe_kwargs.items())),
-        "unet": fingerprint(pipe.unet),
+        "pipe_kwargs": arguments_digest(pipe_kwargs),
+        "unet": fingerprint(model),
         "params": _digest_of(params),
         **({"kinds": sorted(kinds), "layers": digest(names), "probes": probes} if cheap else {}),
     }
@@ -218,8 +222,9 @@ class _Run:
     def __init__(self, pipe, params, prompts, call: dict, batch_size: int, seed: int, all_pictures: bool):
         self.pipe, self.params, self.prompts, self.call = pipe, params, prompts, call
         self.batch_size, self.seed, self.all_pictures = batch_size, seed, all_pictures
-        self.family = families.family_of(pipe.unet)
-        self.layers = families.layers_of(pipe.unet)
+        self.model = families.denoiser_of(pipe)
+        self.family = families.family_of(self.model)
+        self.layers = families.layers_of(self.model)
         pipe.set_progress_bar_config(disable=True)
         self._numbers: Sequence[int] = ()
         self.calls: list[Call] = []
@@ -233,7 +238,7 @@ class _Run:
             first = output[0] if isinstance(output, tuple) else output.sample
             calls.append(Call(args, kwargs, first.detach()))
 
-        hook = self.pipe.unet.register_forward_hook(keep, with_kwargs=True)
+        hook = self.model.register_forward_hook(keep, with_kwargs=True)
         try:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
@@ -244,7 +249,7 @@ class _Run:
                         output_type="pt" if pictures else "latent",
                         **self.call,
                     )
-                parts.append(result.images)
+                parts.append(pictures_of(self.pipe, result))
         finally:
             hook.remove()
         return (torch.cat(parts) if pictures else None), calls
@@ -259,7 +264,7 @@ class _Run:
     @torch.no_grad()
     def replay(self, call: Call, change=lambda t: t) -> Tensor:
         args, kwargs = call.on_batch(change)
-        return self.pipe.unet(*args, **{**kwargs, "return_dict": False})[0]
+        return self.model(*args, **{**kwargs, "return_dict": False})[0]
 
     def wants_pictures(self, name: str) -> bool:
         return self.all_pictures or self.family.is_content(name)
@@ -305,7 +310,7 @@ class _Run:
             sizes[name] = sizes.get(name, 0.0) + x.numel() / min(self.batch_size, pictures)
 
         numbers = range(min(self.batch_size, pictures))
-        with watching(self.pipe.unet, {name: partial(note, name) for name in self.layers}):
+        with watching(self.model, {name: partial(note, name) for name in self.layers}):
             self.draw(numbers, self.batch_size, pictures=False)
         return sizes
 
@@ -358,7 +363,7 @@ def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
     for kind, name in track(mine, text, len(mine), progress if processes.rank == 0 else False):
         start, values = time.perf_counter(), {}
         for bits in KINDS[kind]:
-            with simulated(run.pipe.unet, run.params, {name: _pair(kind, bits)}):
+            with simulated(run.model, run.params, {name: _pair(kind, bits)}):
                 for metric, score in run.scores(run.wants_pictures(name)).items():
                     values.setdefault(metric, {})[bits] = score
         rows.add(kind, name, {**values, "took": time.perf_counter() - start})
@@ -405,9 +410,7 @@ def _predict(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
         found = []
         for i, call in enumerate(calls):
             seeds = [number * len(calls) + i for number in numbers]
-            found.append(
-                probe_call(run.pipe.unet, run.params, call, kinds, names, probes, generators(run.seed + 1, seeds))
-            )
+            found.append(probe_call(run.model, run.params, call, kinds, names, probes, generators(run.seed + 1, seeds)))
         noise = {
             kind: {name: [sum(v) for v in zip(*(f["noise"][kind][name] for f in found), strict=True)] for name in names}
             for kind in kinds
@@ -452,7 +455,7 @@ def _anchor(run: _Run, noise, content: list[str]) -> float | None:
     factors = []
     for i in range(ANCHORS):
         name = order[(2 * i + 1) * len(order) // (2 * ANCHORS)]
-        with simulated(run.pipe.unet, run.params, {name: _pair(kind, bits)}):
+        with simulated(run.model, run.params, {name: _pair(kind, bits)}):
             scores = run.scores(pictures=True)
         if scores[SSIM] < 1:
             factors.append(2 * (1 / max(scores[SSIM], 1e-3) - 1) * 10 ** (scores[SQNR] / 10))

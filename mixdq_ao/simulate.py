@@ -194,12 +194,13 @@ def _check_bits(name: str, weight_bits: int, act_bits: int) -> None:
 def simulated(model: nn.Module, params: QuantParams | None, mix: Mix | tuple[int, int]) -> Iterator[None]:
     """While the block runs, layers of a floating ``model`` compute as if quantized; weights are as before afterwards.
 
-    ``mix`` maps layer -> (weight bits, activation bits), with 16 for floating, or is one pair for all layers; layers
-    that it does not name stay floating. ``params`` as for :func:`simulated_weight`. A rounded copy of each weight below
-    16 bits is kept meanwhile.
+    ``mix`` maps layer -> (weight bits, activation bits), with 16 for floating, or is one pair for all layers but
+    grouped convolutions; layers that it does not name stay floating. ``params`` as for :func:`simulated_weight`. A
+    rounded copy of each weight below 16 bits is kept meanwhile.
     """
     layers = families.layers_of(model)
-    mix = mix if isinstance(mix, Mapping) else dict.fromkeys(layers, mix)
+    grouped = families.grouped_convolutions(model)
+    mix = mix if isinstance(mix, Mapping) else {name: mix for name in layers if name not in grouped}
     if unknown := [name for name in mix if name not in layers]:
         raise PlanError(f"{len(unknown)} names are not layers of the model: {name_list(unknown)}")
     points = families.split_points(model)
