@@ -120,13 +120,11 @@ class CompiledModel(OptimizedModule):
     _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = _quantized = None
 
     def __init__(self, model: nn.Module, settings: _Settings):
-        quantized = _is_quantized(model)
-        fuse = FuseQuantizers(settings.passes if quantized else Passes.none(), settings.attention)
-        ours = _inductor_options(fuse) if quantized or settings.attention is not None else {}
-        options = {**ours, **settings.options}
+        fuse = FuseQuantizers(settings.passes, settings.attention)
+        options = {**_inductor_options(fuse), **settings.options}
         optimized = torch.compile(model, fullgraph=settings.fullgraph, dynamic=settings.dynamic, options=options)
         super().__init__(model, optimized.dynamo_ctx)
-        self._settings, self._fuse, self._quantized = settings, fuse, quantized
+        self._settings, self._fuse = settings, fuse
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._seen: set[tuple] = set()
         parameters = list(inspect.signature(model.forward).parameters)
@@ -196,7 +194,7 @@ class CompiledModel(OptimizedModule):
                 siblings.mark_shared(self._orig_mod)
                 siblings.pack_siblings_(self._orig_mod, self._settings.passes.max_merged)
             watch = _Watch(self._orig_mod)
-        self._watch = watch
+        self._watch, self._quantized = watch, _is_quantized(self._orig_mod)
 
     def _with_timestep(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The timestep as a tensor on the model's device: a number would be compiled in, a CPU tensor cannot be in a

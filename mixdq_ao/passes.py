@@ -151,6 +151,7 @@ class FuseQuantizers(CustomGraphPass):
     """For ``pre_grad_custom_pass``. ``hits`` counts what the last graph got; graphs from a cache are not seen here.
 
     A graph that writes into a tensor keeps its order: its layers are split, and ``hits["in_place"]`` says why no more.
+    One without a quantized weight stays as it is, but for its attention.
 
     Args:
         backend: which one computes attention, as for ``mixdq_ao.compile``; None leaves that to torch
@@ -168,7 +169,8 @@ class FuseQuantizers(CustomGraphPass):
             self.hits["in_place"] = in_place
         if self.backend is not None:
             self.hits["attention"] = choose_attention(graph, self.backend)
-        for name, rewrite in REWRITES.items():
+        is_quantized = any(isinstance(value_of(node), MixDQTensor) for node in graph.nodes)
+        for name, rewrite in REWRITES.items() if is_quantized else ():
             if name == "layers" or getattr(self.passes, name) and not in_place:
                 self.hits[name] = rewrite(graph, self.passes)
                 if not in_place:  # a write that nothing reads looks dead

@@ -251,6 +251,20 @@ def test_a_floating_model_is_compiled_as_it_is():
     assert not any(compiled.hits.values())
 
 
+def test_a_model_that_is_quantized_later():
+    """It then gets its rewrites, and gives no wrong gradients."""
+    model = Net().eval()
+    compiled = mixdq_ao.compile(model)
+    same(model, compiled, sample(), torch.tensor(7.0))
+    with observe(model) as recorder:
+        model(sample(), torch.tensor(7.0))
+    quantize_(model, MixDQConfig(recorder.params()))
+    same(model, compiled, sample(), torch.tensor(7.0))
+    assert compiled.hits["merge"] == 1 and compiled.hits["layer_norm"] == 1
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        compiled(sample().requires_grad_(), torch.tensor(7.0))["sample"].sum().backward()
+
+
 def test_passes_can_be_chosen():
     model = net()
     compiled = mixdq_ao.compile(model, passes=Passes(merge=False))
