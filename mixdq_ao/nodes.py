@@ -91,6 +91,14 @@ def is_one_pixel(node: fx.Node, image: fx.Node) -> bool:
     return known(n == m for n, m in zip(a.shape, (*b.shape[:2], 1, 1), strict=True))
 
 
+def holds_pixels(tokens: fx.Node, image: fx.Node) -> bool:
+    """Whether a node is ``[batch, height * width, channels]`` where another is ``[batch, height, width, channels]``."""
+    a, b = value_of(tokens).shape, value_of(image).shape
+    if (len(a), len(b)) != (3, 4):
+        return False
+    return known(n == m for n, m in zip(a, (b[0], b[1] * b[2], b[3]), strict=True))
+
+
 def known(conditions: Iterable) -> bool:
     """Whether all conditions on sizes, which may be symbols, hold whatever the sizes are."""
     return all(map(statically_known_true, conditions))

@@ -23,6 +23,7 @@ from mixdq_ao.nodes import (
     calls,
     dtype_of,
     has_one_user,
+    holds_pixels,
     input_of,
     is_input,
     is_method,
@@ -345,11 +346,7 @@ def _add_residual(graph: fx.Graph, node: fx.Node, y: fx.Node, other: fx.Node) ->
         if not (is_method(pixels, "reshape") and has_one_user(pixels) and has_one_user(y.args[0])):
             return False
         product = pixels.args[0]
-        if (
-            value_of(pixels).dim() != 4
-            or value_of(product).dim() != 3
-            or value_of(product).shape[-1:] != value_of(pixels).shape[-1:]
-        ):
+        if not holds_pixels(product, pixels):
             return False
     if product.target not in (linear, conv2d) or not has_one_user(product) or "residual" in product.kwargs:
         return False

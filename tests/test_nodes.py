@@ -77,6 +77,9 @@ def test_forms(graph):
     assert not nodes.same_form(image, graph.placeholder("nothing_known"))
     assert nodes.is_one_pixel(pixel, image)
     assert not nodes.is_one_pixel(image, image) and not nodes.is_one_pixel(pixel, other)
+    pixels, tokens, lines = (holding(graph, "x", *shape) for shape in ((2, 3, 4, 8), (2, 12, 8), (6, 4, 8)))
+    assert nodes.holds_pixels(tokens, pixels)
+    assert not any(nodes.holds_pixels(*pair) for pair in ((lines, pixels), (pixels, pixels), (tokens, tokens)))
 
 
 def test_a_node_is_replaced_by_a_call(graph):

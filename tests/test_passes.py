@@ -310,6 +310,17 @@ def test_a_transformer_at_its_ends(unet):
     assert not backend.calls["contiguous"]
 
 
+@pytest.mark.parametrize("tokens, hits", [((2, 12), 1), ((6, 4), 0), ((1, 24), 0)])
+def test_tokens_that_become_pixels(tokens, hits):
+    """A layer of lines, or of all images at once, has no place for the residual of an image."""
+    layer, x, image = static(nn.Linear(16, 16)), noise(*tokens, 16), noise(2, 16, 3, 4)
+
+    def run(x, image):
+        return layer(x).reshape(2, 3, 4, 16).permute(0, 3, 1, 2).contiguous() + image
+
+    assert check(run, x, image).fuse.hits["residual"] == hits
+
+
 class Conv(nn.Module):
     def __init__(self, norm=True, silu=True, **options):
         super().__init__()
