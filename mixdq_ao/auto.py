@@ -19,13 +19,14 @@ import torch
 from mixdq_ao import allocate as allocation
 from mixdq_ao import families
 from mixdq_ao._version import __version__
-from mixdq_ao.calibrate import calibrate, check_methods, checked_prompts, digest, run_batches
+from mixdq_ao.calibrate import calibrate, check_methods, checked_prompts, run_batches
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.choose import choose
 from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.errors import MixDQError
-from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate, fingerprint
+from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate
 from mixdq_ao.files import parse_json, read_text, write_text
+from mixdq_ao.fingerprints import digest, fingerprints
 from mixdq_ao.model_file import save
 from mixdq_ao.plan import BitPlan
 from mixdq_ao.program import EDGE_SLACK, Group, check_mean_bits, solve
@@ -183,7 +184,7 @@ class _Run:
         asked = own | {
             "prompts": digest(self.prompts),
             "captions": digest(self.captions),
-            "unet": fingerprint(self.model),
+            **fingerprints(self.pipe),
         }
         path = self.folder / "settings.json"
         found = parse_json(path, "", read_text(path)) if path.exists() else asked

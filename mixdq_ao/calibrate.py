@@ -1,14 +1,11 @@
 """Calibration: run a pipeline, watch what enters each layer, and write down scales and zero points."""
 
-import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from mixdq_ao.bits import ACT_BITS, WEIGHT_BITS, width
 from mixdq_ao.checkpoint import LayerParams, QuantParams, check_format, model_hash
 from mixdq_ao.errors import MixDQError, name_list
 from mixdq_ao.files import TensorFile, parse_json, write_tensors
+from mixdq_ao.fingerprints import arguments_digest, digest, fingerprints
 from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.progress import track
 from mixdq_ao.ranges import METHODS, InputRange, scale_and_zero_point
@@ -223,7 +221,7 @@ def calibrate(
         "seed": seed,
         "prompts": digest(prompts),
         "pipe_kwargs": arguments_digest(pipe_kwargs),
-        "model_hash": model_hash(families.layer_shapes(model)),
+        **(fingerprints(pipe) if state is not None else {}),  # which reads every weight
     }
     with observe(model, method, weight_method) as recorder:
         done = _restore(state, recorder, settings, _device(model))
@@ -291,29 +289,6 @@ def check_methods(method: str, weight_method: str) -> None:
     for what, value, known in (("method", method, METHODS), ("weight_method", weight_method, WEIGHT_METHODS)):
         if value not in known:
             raise MixDQError(f"{what} must be one of {', '.join(known)}; found {value!r}")
-
-
-def digest(value) -> str:
-    """SHA-256, in hex, of a JSON value."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def arguments_digest(arguments: Mapping[str, object]) -> str:
-    """SHA-256, in hex, of arguments by name: the same for equal values in every process, pictures and arrays too."""
-    return digest([(name, _described(value)) for name, value in sorted(arguments.items())])
-
-
-def _described(value):
-    if isinstance(value, Mapping):
-        return [(str(key), _described(v)) for key, v in value.items()]
-    if isinstance(value, list | tuple):
-        return [_described(v) for v in value]
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().double().numpy()  # numpy has no bfloat16
-    if hasattr(value, "__array_interface__"):  # arrays and pictures, whose text leaves out what is in them
-        array = np.asarray(value)
-        return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
-    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,14 +1,12 @@
 """How close a quantized model's pictures are to the floating ones, at equal captions and seeds."""
 
 import copy
-import hashlib
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +16,11 @@ from torch import Tensor, nn
 
 from mixdq_ao import extras as extra_metrics
 from mixdq_ao import families
-from mixdq_ao.calibrate import arguments_digest, checked_prompts, digest, generators
+from mixdq_ao.calibrate import checked_prompts, generators
 from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.files import TensorFile, parse_json, read_text, write_tensors, write_text
+from mixdq_ao.fingerprints import arguments_digest, digest, fingerprint, fingerprints
 from mixdq_ao.model_file import load
 from mixdq_ao.progress import track
 from mixdq_ao.scene_reader import ATTRIBUTES, judge, read_picture
@@ -237,15 +236,14 @@ def evaluate(
     seeds = list(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
         raise MixDQError(f"evaluate() needs different seeds, at least one; found {seeds}")
-    names = [FLOATING, *variants]
-    if len({_slug(name) for name in names}) != len(names):
-        raise MixDQError(f"variants need different names, other than '{FLOATING}'; found {list(variants)}")
+    check_names(variants)
     scorers = extra_metrics.scorers(extras)
     settings = {
         "captions": digest(captions),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "unet": fingerprint(families.denoiser_of(pipe)),
+        "batch_size": batch_size,  # a dynamic range is that of a batch
+        **fingerprints(pipe),
         "pipe_kwargs": arguments_digest(pipe_kwargs),
         "pictures": min(pictures, len(captions)),
         "extras": list(extras),
@@ -278,28 +276,24 @@ def _make_unet(floating_unet: nn.Module, recipe: Recipe) -> nn.Module:
     return unet
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash, in hex, of all parameters and buffers of a model, quantized or not."""
-    named = []
-    for name, value in sorted(model.state_dict().items()):
-        inner = value.stored_tensors() if hasattr(value, "stored_tensors") else {"": value}
-        named += [(f"{name}.{key}:{t.dtype}:{list(t.shape)};", t) for key, t in sorted(inner.items())]
-    with ThreadPoolExecutor() as pool:  # copies and hashes let go of the interpreter
-        hashes = pool.map(_hash, [t for _, t in named])
-        whole = "".join(what + found for (what, _), found in zip(named, hashes, strict=True))
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
 def mean_weight_bits(unet: nn.Module) -> float:
     """Mean over the weights of linear and convolution layers; a floating weight counts its own bits."""
     weights = [module.weight for module in families.layers_of(unet).values()]
     bits = [getattr(w, "bits", 8 * w.element_size()) for w in weights]
     sizes = [w.numel() for w in weights]
     return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ``MixDQError`` for names of variants that have one name as files, or that of the floating model."""
+    taken = {_slug(FLOATING): f"{FLOATING}, the model as it is"}
+    for name in names:
+        slug = _slug(name)
+        if slug in taken:
+            raise MixDQError(
+                f"variants need different names; '{name}' and '{taken[slug]}' are both '{slug}' as files; rename one"
+            )
+        taken[slug] = name
 
 
 def _slug(name: str) -> str:
@@ -378,15 +372,17 @@ class _Run:
         content = parse_json(path, "", read_text(path))
         if not isinstance(content, dict) or content.get("key") != key:
             return None  # measured of something else: again
-        pictures = TensorFile(path.with_suffix(".safetensors")).read("pictures")
-        return {metric: _infinite(value) for metric, value in content["values"].items()}, pictures
+        pictures = TensorFile(path.with_suffix(".safetensors"))
+        if pictures.metadata.get("key") != json.dumps(key):
+            return None  # of a later call that was stopped before its JSON
+        return {metric: _infinite(value) for metric, value in content["values"].items()}, pictures.read("pictures")
 
     def _write(self, name: str, seed: int, key: dict, values: dict[str, float], pictures: Tensor) -> None:
         if self.out is None:
             return
         path = self.out / f"{_slug(name)}-{seed}.json"
         # The pictures first: a result is there once its JSON is.
-        write_tensors(path.with_suffix(".safetensors"), {"pictures": pictures}, {})
+        write_tensors(path.with_suffix(".safetensors"), {"pictures": pictures}, {"key": json.dumps(key)})
         content = {"key": key, "values": {metric: _finite(value) for metric, value in values.items()}}
         write_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from mixdq_ao import families
 from mixdq_ao.bits import FLOAT_BITS, KINDS
-from mixdq_ao.calibrate import arguments_digest, checked_prompts, digest, generators
+from mixdq_ao.calibrate import checked_prompts, generators
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
-from mixdq_ao.evaluate import fingerprint, pictures_of, ssim_of_each
+from mixdq_ao.evaluate import pictures_of, ssim_of_each
 from mixdq_ao.files import parse_json, read_text, write_text
+from mixdq_ao.fingerprints import arguments_digest, digest, fingerprints
 from mixdq_ao.notebook import Notebook
 from mixdq_ao.probing import Call, probe_call
 from mixdq_ao.progress import track
@@ -161,7 +162,7 @@ def sensitivity(
         "batch_size": batch_size,
         "seed": seed,
         "pipe_kwargs": arguments_digest(pipe_kwargs),
-        "unet": fingerprint(model),
+        **fingerprints(pipe),
         "params": _digest_of(params),
         **({"kinds": sorted(kinds), "layers": digest(names), "probes": probes} if cheap else {}),
     }
@@ -355,10 +356,11 @@ def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
     todo = [(kind, name) for kind in kinds for name in names]
     mine = [(kind, name) for kind, name in todo if (kind, name) not in rows.done]
     mine = processes.share(mine)
-    if mine or ("floor", "") not in rows.done:
+    floor = _floor(run, names)
+    if mine or floor not in rows.done:
         run.make_reference(any(run.wants_pictures(name) for name in names))
     if processes.rank == 0:
-        _note_model(run, rows)
+        _note_model(run, rows, floor)
     text = "Sensitivity" if processes.count == 1 else f"Sensitivity, process 1 of {processes.count}"
     for kind, name in track(mine, text, len(mine), progress if processes.rank == 0 else False):
         start, values = time.perf_counter(), {}
@@ -369,9 +371,14 @@ def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
         rows.add(kind, name, {**values, "took": time.perf_counter() - start})
 
 
-def _note_model(run: _Run, rows: Notebook) -> None:
-    if ("floor", "") not in rows.done:
-        rows.add("floor", "", {"floor": run.noise_floor(), "input_sizes": run.input_sizes()})
+def _floor(run: _Run, names) -> tuple[str, str]:
+    """The line of the noise floor: that of layers without pictures lacks theirs."""
+    return "floor", SSIM if any(run.wants_pictures(name) for name in names) else SQNR
+
+
+def _note_model(run: _Run, rows: Notebook, floor: tuple[str, str]) -> None:
+    if floor not in rows.done:
+        rows.add(*floor, {"floor": run.noise_floor(), "input_sizes": run.input_sizes()})
 
 
 def _measured(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
@@ -388,7 +395,7 @@ def _measured(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
 
 
 def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
-    model = rows["floor", ""]
+    model = rows[_floor(run, names)]
     seen = model["input_sizes"]
     if unseen := [name for name in names if name not in seen]:
         raise MixDQError(f"{len(unseen)} layers were never run: {name_list(unseen)}")
@@ -418,10 +425,11 @@ def _predict(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
         signal, seconds = sum(f["signal"] for f in found), time.perf_counter() - start
         rows.add("prompts", numbers[0], {"signal": signal, "noise": noise, "took": seconds})
     processes.wait()
-    if processes.rank == 0 and not {("floor", ""), ("anchors", "")} <= rows.done:
+    floor = _floor(run, names)
+    if processes.rank == 0 and not {floor, ("anchors", "")} <= rows.done:
         content = [name for name in names if run.wants_pictures(name)]
         run.make_reference(bool(content), run.batch_size)
-        _note_model(run, rows)
+        _note_model(run, rows, floor)
         if ("anchors", "") not in rows.done:
             rows.add("anchors", "", {"factor": _anchor(run, _predicted_noise(rows.read(), kinds, names), content)})
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQError, MixDQTensor, calibrate, families, observe, quantize_
 from mixdq_ao.calibrate import WEIGHT_METHODS, weight_scale
+from mixdq_ao.errors import CheckpointError
 from mixdq_ao.ranges import BINS, METHODS, InputRange, scale_and_zero_point
 
 TEXT_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -35,7 +36,7 @@ def watch(values: list[torch.Tensor], histogram: bool = True) -> InputRange:
     return seen
 
 
-@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1), min_size=1, max_size=4))
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=1), min_size=1, max_size=4))
 def test_histogram_counts_everything_in_any_order(calls):
     values = [torch.tensor(c) for c in calls]
     forward, backward = watch(values), watch(values[::-1])
@@ -203,6 +204,18 @@ def test_goes_on_after_an_error(tmp_path, method):
     assert equal_params(whole, resumed)
     with pytest.raises(MixDQError, match="other seed, prompts"):
         calibrate(pipe, prompts(5), method=method, batch_size=2, seed=1, state=state, progress=False)
+
+
+def test_a_state_of_other_weights_is_refused(tmp_path):
+    state, options = tmp_path / "state", {"batch_size": 1, "progress": False}
+    calibrate(FakePipeline(), prompts(1), state=state, **options)
+    with pytest.raises(MixDQError, match="a calibration with other unet. Give the same"):
+        calibrate(FakePipeline(seed=1), prompts(1), state=state, **options)
+    whole = state.read_bytes()
+    for broken in (whole[:-1], whole[:100], b"", b"x" * 100):
+        state.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=str(state)):
+            calibrate(FakePipeline(), prompts(1), state=state, **options)
 
 
 def test_goes_on_after_being_killed(tmp_path):

@@ -80,6 +80,29 @@ def test_rows_of_one_name_are_an_error(folder):
             run("evaluate", TINY, *params, *arguments)
 
 
+def test_rows_of_one_name_as_files_are_an_error_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("mixdq_ao.pipelines.load_pipeline", None)
+    for plans, names in (
+        (("my plan.json", "my-plan.json"), "'my-plan' and 'my plan'"),
+        (("Floating.json",), "Floating"),
+    ):
+        arguments = [word for plan in plans for word in ("--plan", plan)]
+        with pytest.raises(MixDQError, match=names):
+            run("evaluate", TINY, "--params", folder / "params.safetensors", *arguments)
+
+
+def test_another_calibration_of_the_same_file_was_faster(tmp_path, monkeypatch):
+    save, out = QuantParams.save, tmp_path / "params.safetensors"
+
+    def save_and_lose_the_state(params, path):
+        save(params, path)
+        (tmp_path / "params.safetensors.state").unlink()
+
+    monkeypatch.setattr(QuantParams, "save", save_and_lose_the_state)
+    run("calibrate", TINY, out, "--count", 1)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_options_that_change_no_model_are_an_error(folder, tmp_path):
     for option in (("--params", folder / "params.safetensors"), ("--act-bits", 8)):
         with pytest.raises(MixDQError, match=f"{option[0]} .* changes no --model"):

@@ -11,8 +11,9 @@ from pipelines import FakePipeline, prompts
 
 from mixdq_ao import MixDQConfig, MixDQError, calibrate, families, quantize_, save
 from mixdq_ao.choose import pick
-from mixdq_ao.evaluate import FLOATING, LPIPS_BANDS, evaluate, fingerprint, lpips_band, psnr, sqnr, ssim
+from mixdq_ao.evaluate import FLOATING, LPIPS_BANDS, evaluate, lpips_band, psnr, sqnr, ssim
 from mixdq_ao.extras import EXTRAS
+from mixdq_ao.fingerprints import fingerprint
 from mixdq_ao.scenes import held_out_captions
 
 
@@ -145,14 +146,44 @@ def test_goes_on_where_it_stopped(params, tmp_path):
     assert pipe.left == 0
 
 
+def test_dynamic_activations_of_another_width_are_measured_again(tmp_path):
+    """The weights hold the same tensors."""
+    pipe, options = FakePipeline(), {"captions": prompts(2), "progress": False}
+    for act_bits in (8, 4, None):
+        kept, fresh = (
+            evaluate(pipe, {"dynamic": MixDQConfig(None, 8, act_bits)}, **options, out=out) for out in (tmp_path, None)
+        )
+        assert kept.to_json() == fresh.to_json()
+
+
+def test_another_size_of_batches_is_measured_again(tmp_path):
+    pipe, variants = FakePipeline(), {"dynamic": MixDQConfig(None, 8, 4)}
+    options = {"captions": prompts(3), "out": tmp_path, "progress": False}
+    three, one = (evaluate(pipe, variants, **options, batch_size=n).row("dynamic") for n in (3, 1))
+    assert three.values != one.values
+
+
+def test_pictures_of_a_call_that_was_stopped_are_not_taken_for_those_before(params, tmp_path, monkeypatch):
+    pipe, options = FakePipeline(), {"captions": prompts(2), "out": tmp_path, "progress": False}
+    before = evaluate(pipe, {"x": MixDQConfig(params, 8, 8)}, **options).pictures["x"]
+
+    def stop(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mixdq_ao.evaluate.write_text", stop)
+        evaluate(pipe, {"x": MixDQConfig(params, 2, 8)}, **options)
+    assert torch.equal(evaluate(pipe, {"x": MixDQConfig(params, 8, 8)}, **options).pictures["x"], before)
+
+
 def test_wrong_arguments(params):
     pipe = FakePipeline()
     with pytest.raises(MixDQError, match="different seeds"):
         evaluate(pipe, {}, prompts(1), seeds=(1, 1))
-    with pytest.raises(MixDQError, match="different names"):
+    with pytest.raises(MixDQError, match="different names; 'w8-a8' and 'W8 A8' are both 'w8-a8' as files; rename one"):
         evaluate(pipe, {"W8 A8": None, "w8-a8": None}, prompts(1))
-    with pytest.raises(MixDQError, match="different names"):
-        evaluate(pipe, {FLOATING: None}, prompts(1))
+    with pytest.raises(MixDQError, match="'Floating' and 'floating, the model as it is' are both"):
+        evaluate(pipe, {"Floating": None}, prompts(1))
 
 
 @pytest.mark.parametrize("name", EXTRAS)

@@ -10,9 +10,9 @@ from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQTensor, QuantParams, calibrate, families, load, quantize_, save
 from mixdq_ao.auto import Settings, auto
-from mixdq_ao.calibrate import arguments_digest
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.evaluate import evaluate, sqnr
+from mixdq_ao.fingerprints import arguments_digest
 from mixdq_ao.sensitivity import sensitivity
 from mixdq_ao.simulate import simulated
 

@@ -194,6 +194,17 @@ def test_a_stopped_run_goes_on(calibrated, tmp_path, monkeypatch, cheap):
     assert len(keys) == len(set(keys)) == len(lines(tmp_path / "whole"))
 
 
+def test_a_folder_gets_its_noise_floor_of_pictures_with_the_first_layer_that_wants_it(calibrated, tmp_path):
+    pipe, params = calibrated
+    family, names = families.family_of(pipe.unet), list(families.layers_of(pipe.unet))
+    content, quality = (next(n for n in names if family.is_content(n) == wanted) for wanted in (True, False))
+    floors = [
+        sensitivity(pipe, params, prompts(2), tmp_path, kinds=["weight"], layers=layers, progress=False).noise_floor
+        for layers in ([quality], [quality, content], [quality])
+    ]
+    assert [set(floor) for floor in floors] == [{"sqnr"}, {"sqnr", "ssim"}, {"sqnr"}]
+
+
 def test_a_folder_of_another_measurement_is_refused(calibrated, tmp_path):
     run(calibrated, tmp_path, cheap=True)
     with pytest.raises(MixDQError, match=r"rows-0.jsonl: .*other seed\. Give the same"):

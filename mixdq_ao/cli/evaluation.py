@@ -124,6 +124,7 @@ def _evaluation(
 def _variants(params: Path | None, plans, widths, models, act_bits: int | None) -> dict:
     """What to evaluate, by the name of its row."""
     from mixdq_ao import MixDQConfig
+    from mixdq_ao.evaluate import check_names
 
     if params is None and (plans or widths):
         raise MixDQError("--plan and --bits need --params, which has the scales; give both")
@@ -146,4 +147,5 @@ def _variants(params: Path | None, plans, widths, models, act_bits: int | None) 
                 f"{origins[name]} and {origin} would both be the row '{name}'; rename one, or leave it out"
             )
         origins[name] = origin
+    check_names(origins)
     return {name: recipe for name, _, recipe in found}
