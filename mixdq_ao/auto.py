@@ -6,12 +6,14 @@ something else of the stages after sensitivity, such as another budget, keeps wh
 """
 
 import copy
+import fcntl
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from mixdq_ao.calibrate import calibrate, check_methods, checked_prompts, run_ba
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.choose import choose
 from mixdq_ao.config import MixDQConfig, quantize_
-from mixdq_ao.errors import MixDQError
+from mixdq_ao.errors import CheckpointError, MixDQError
 from mixdq_ao.evaluate import FLOATING, Evaluation, Recipe, evaluate
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.fingerprints import digest, fingerprints
@@ -38,15 +40,18 @@ from mixdq_ao.tables import Scores, Sizes
 CHOSEN = "MixDQ W{bits:g}A8"
 PARAMS, NAIVE_PARAMS, PLAN = "params.safetensors", "params_naive.safetensors", "plan.json"
 CANDIDATES, COMPARED, SQNR_ALONE = "candidates.json", "chosen.json", "plan_sqnr_alone.json"
+SETTINGS = "settings.json"
+FIRST_SEED = "first_seed"  # the one of the seeds that plans are compared at
 RATIO = "ratio"
 MODEL, RESULTS, REPORT = "quantized.safetensors", "results.json", "report.html"
+ROUNDED_FOUR = "uniform_4_rounded.safetensors"
 # The stages after sensitivity, in order: the settings that each is the first to read, and the files that it writes.
 # What they draw is not among the files: evaluate() itself measures again whatever has changed.
 LATER = (
     (("budget", "candidates"), (CANDIDATES, SQNR_ALONE)),
-    (("seeds", "choose_prompts"), (COMPARED, PLAN)),
+    ((FIRST_SEED, "choose_prompts"), (COMPARED, PLAN)),
     (("rounding",), (MODEL,)),
-    (("captions", "ablations"), (RESULTS, REPORT)),
+    (("captions", "ablations", "seeds"), (RESULTS, REPORT)),
 )
 
 
@@ -132,7 +137,8 @@ def auto(
     ``prompts`` calibrate, ``captions`` evaluate; ``out`` is the folder. In that of an earlier call calibration and
     sensitivity are taken as they are, and where this call differs in what comes after them, such as the budget, the
     outcome of the stages concerned is replaced. Raises ``MixDQError`` for a folder whose calibration or sensitivity
-    belongs to another call, and, before anything is written, for settings that a stage would refuse.
+    belongs to another call, or to nobody's, or in which another process is at work, and, before anything is written,
+    for settings that a stage would refuse.
     """
     settings = settings or Settings()
     settings.check(families.denoiser_of(pipe))
@@ -141,16 +147,17 @@ def auto(
         pipe, checked_prompts(prompts, "auto()"), checked_prompts(captions, "auto()"), folder, settings, progress
     )
     folder.mkdir(parents=True, exist_ok=True)
-    run.remember()
-    params = run.params(PARAMS, bos=True)
-    measured = run.sensitivity(params)
-    candidates = run.candidates(measured)
-    plan = run.choose(params, candidates)
-    name = CHOSEN.format(bits=settings.budget)
-    evaluation = run.evaluate(name, params, plan, measured)
-    findings = run.findings(name, plan, evaluation)
-    run.write_results(name, plan, measured, evaluation, findings)
-    run.write_report(title, name, plan, measured, evaluation, findings)
+    with _alone_in(folder):
+        run.remember()
+        params = run.params(PARAMS, bos=True)
+        measured = run.sensitivity(params)
+        candidates = run.candidates(measured)
+        plan = run.choose(params, candidates)
+        name = CHOSEN.format(bits=settings.budget)
+        evaluation = run.evaluate(name, params, plan, measured)
+        findings = run.findings(name, plan, evaluation)
+        run.write_results(name, plan, measured, evaluation, findings)
+        run.write_report(title, name, plan, measured, evaluation, findings)
     return Auto(folder, name, plan, evaluation, findings)
 
 
@@ -162,6 +169,29 @@ class Candidate:
     bits: dict[str, int]
     mean_bits: float
     ssim: float | None = None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Raises ``MixDQError`` where another process is in such a block on the same folder. One that is killed is out."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MixDQError(f"{folder}: another process is at work in this folder; wait, or give another") from None
+        except OSError:
+            pass  # a file system without locks: as if there were nobody
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read_candidates(path: Path) -> list[Candidate]:
+    content, keys = parse_json(path, "", read_text(path)), {field.name for field in fields(Candidate)}
+    if not isinstance(content, list) or not all(isinstance(c, dict) and c.keys() == keys for c in content):
+        raise CheckpointError(path, "", f"must be a list of candidates with {', '.join(sorted(keys))}")
+    return [Candidate(**values) for values in content]
 
 
 class _Run:
@@ -178,27 +208,44 @@ class _Run:
     def remember(self) -> None:
         """Note what is asked for, and drop what the stages after sensitivity made of something else.
 
-        Raises ``MixDQError`` where the folder's calibration or sensitivity is of something else.
+        Raises ``MixDQError`` where the folder's calibration or sensitivity is of something else, or of who knows what.
         """
         own = json.loads(json.dumps(asdict(self.settings)))
         asked = own | {
             "prompts": digest(self.prompts),
             "captions": digest(self.captions),
+            FIRST_SEED: self.settings.seeds[0],
             **fingerprints(self.pipe),
         }
-        path = self.folder / "settings.json"
-        found = parse_json(path, "", read_text(path)) if path.exists() else asked
+        path = self.folder / SETTINGS
+        if path.exists():
+            found = parse_json(path, "", read_text(path))
+            if not isinstance(found, dict):
+                raise CheckpointError(path, "", "must be a JSON object", type(found).__name__)
+        else:
+            self._check_nobodys()
+            found = asked
         different = {key for key in {*asked, *found} if asked.get(key) != found.get(key)}
         later = {key for keys, _ in LATER for key in keys}
         if different - later:
+            may = ", ".join(sorted(later - {FIRST_SEED}))
             raise MixDQError(
                 f"{self.folder}: the folder was begun with other {', '.join(sorted(different - later))}. Give the same "
-                f"arguments to go on, or another folder; only {', '.join(sorted(later))} may change in one folder"
+                f"arguments to go on, or another folder; only {may} may change in one folder"
             )
         # First what is out of date, then the note: stopped in between, neither call takes the other's for its own.
         self._forget(different)
         if different or not path.exists():
             write_text(path, json.dumps(asked, indent=1, allow_nan=False) + "\n")
+
+    def _check_nobodys(self) -> None:
+        """Settings are written first: where they are missing, files of our names are somebody else's."""
+        names = (PARAMS, NAIVE_PARAMS, ROUNDED_FOUR, "sensitivity", *(file for _, files in LATER for file in files))
+        if found := [name for name in names if (self.folder / name).exists()]:
+            raise MixDQError(
+                f"{self.folder}: there is {', '.join(found)}, but no {SETTINGS} that says what it is of, so it can "
+                "neither be used nor replaced. Give another folder, or remove it"
+            )
 
     def _forget(self, different: set[str]) -> None:
         """Remove what the first stage that reads one of these settings wrote, and the stages after it."""
@@ -258,7 +305,7 @@ class _Run:
                 joint = allocation.joint(problem, self.settings.budget)
                 found.insert(0, Candidate("joint", dict(joint.plan), joint.mean_bits))
             write_text(path, json.dumps([asdict(c) for c in found[: self.settings.candidates]], indent=1) + "\n")
-        return [Candidate(**values) for values in parse_json(path, "", read_text(path))]
+        return _read_candidates(path)
 
     def _problem(self, measured: Sensitivity) -> allocation.Problem:
         scores = measured.scores["weight"]
@@ -301,7 +348,7 @@ class _Run:
                 variants[f"W{self.settings.budget:g}A8, two groups"] = MixDQConfig(params, groups.bits, 8)
             variants[f"W{self.settings.budget:g}A8, SQNR alone"] = MixDQConfig(params, str(alone), 8)
             if self.settings.rounding:
-                rounded = self.folder / "uniform_4_rounded.safetensors"
+                rounded = self.folder / ROUNDED_FOUR
                 self._save_model(rounded, params, BitPlan.uniform(plan, 4))
                 variants["W4A8, rounded"] = rounded
                 variants[f"{name}, nearest"] = MixDQConfig(params, dict(plan), 8)
@@ -379,7 +426,7 @@ class _Run:
     def write_results(self, name, plan, measured, evaluation: Evaluation, findings) -> None:
         content = {
             "command": "mixdq-ao auto",
-            "settings": parse_json("settings.json", "", read_text(self.folder / "settings.json")),
+            "settings": parse_json(SETTINGS, "", read_text(self.folder / SETTINGS)),
             "versions": {"mixdq_ao": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "device": str(next(self.model.parameters()).device),
             "chosen": name,
@@ -392,8 +439,7 @@ class _Run:
         write_text(self.folder / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _compared(self) -> list[Candidate]:
-        path = self.folder / COMPARED
-        return [Candidate(**values) for values in parse_json(path, "", read_text(path))]
+        return _read_candidates(self.folder / COMPARED)
 
     def write_report(self, title, name, plan, measured, evaluation: Evaluation, findings) -> None:
         points = [Point(c.name, c.mean_bits, c.ssim) for c in self._compared()]

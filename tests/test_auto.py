@@ -17,7 +17,8 @@ from models import run_unet, unet_inputs
 from pipelines import FakePipeline, prompts
 
 from mixdq_ao import BitPlan, MixDQError, QuantParams, families, files, load
-from mixdq_ao.auto import CANDIDATES, MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, auto
+from mixdq_ao.auto import CANDIDATES, MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, _alone_in, auto
+from mixdq_ao.errors import CheckpointError
 
 SETTINGS = Settings(
     budget=5.0, seeds=(0, 1), batch_size=2, sensitivity_prompts=2, choose_prompts=2, candidates=2, ablations=True
@@ -191,3 +192,51 @@ def test_stopped_while_the_budget_changes(whole, tmp_path, monkeypatch):
             run(folder, budget=4.5)
     assert not any((folder / name).exists() for name in (CANDIDATES, PLAN, MODEL, RESULTS, REPORT))
     assert run(folder).plan == whole.plan and contents(folder) == contents(whole.folder)
+
+
+def test_more_seeds_keep_the_plan_and_the_model(whole, tmp_path, monkeypatch):
+    """Plans are compared at the first seed alone."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    monkeypatch.setattr("mixdq_ao.auto.choose", never)
+    with monkeypatch.context() as patch:
+        patch.setattr("mixdq_ao.auto.save", never)
+        result = run(folder, seeds=(0, 2))
+    assert result.evaluation.seeds == [0, 2] and result.plan == whole.plan
+    with pytest.raises(AssertionError, match="done again"):
+        run(folder, seeds=(1, 0))
+    assert not (folder / MODEL).exists()
+
+
+@pytest.mark.parametrize("name", [PLAN, PARAMS, MODEL, REPORT])
+def test_files_of_somebody_else_are_neither_used_nor_replaced(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(MixDQError, match=f"there is {name}, but no settings.json"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = "import time; from pathlib import Path; from mixdq_ao.auto import _alone_in\n"
+    code += f"with _alone_in(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(100)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(MixDQError, match="another process is at work in this folder"):
+            run(tmp_path)
+        assert not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with _alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name, text", [("settings.json", "[]"), (CANDIDATES, "{}"), (CANDIDATES, '[{"name": "a"}]')])
+def test_a_broken_file_is_named(whole, tmp_path, name, text):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{name}: must be a"):
+        run(folder)
