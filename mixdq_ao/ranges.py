@@ -68,8 +68,8 @@ class InputRange:
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : -BINS // 4] = merged
             self.limit *= 2
-        # Exact: dividing by a power of two rounds nothing, and every value lies below the limit. Not in half precision,
-        # whose range may lack the quotient.
+        # Exact: dividing by a power of two rounds nothing (but numbers near 1e-45, to zero), and every value lies below
+        # the limit. Not in half precision, whose range may lack the quotient.
         x = x if x.dtype == torch.float64 else x.float()
         bins = torch.floor(x.flatten() / (2 * self.limit / BINS)).int() + BINS // 2
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
