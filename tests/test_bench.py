@@ -308,6 +308,10 @@ def test_stored_models(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(MixDQError, match="no diffusers pipeline or UNet"):
         models.find_model(str(tmp_path / "other"))
+    (tmp_path / "flux/transformer").mkdir(parents=True)
+    (tmp_path / "flux/transformer/config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(MixDQError, match="found 'FluxTransformer2DModel', which can be quantized"):
+        models.find_model(str(tmp_path / "flux"))
     (tmp_path / "other/config.json").write_text('{"_class_name": "Autoencoder"}')
     with pytest.raises(MixDQError, match="found 'Autoencoder'"):
         models.find_model(str(tmp_path / "other"))
@@ -316,7 +320,8 @@ def test_stored_models(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "layers", "message"),
     [
-        ({"_class_name": "Autoencoder"}, None, "bad.json: a UNet of diffusers can be measured; found 'Autoencoder'"),
+        ({"_class_name": "Autoencoder"}, None, "bad.json: a UNet of diffusers can be measured .*; found 'Autoencoder'"),
+        ({"_class_name": "FluxTransformer2DModel"}, None, "found 'FluxTransformer2DModel', which can be"),
         ({"transformer_layers_per_block": "2"}, 1, "bad.json: 'transformer_layers_per_block' must be a .*; found '2'"),
         ({"transformer_layers_per_block": [1, None]}, 1, "must be a number or a list of numbers; found None"),
         ({"transformer_layers_per_block": "2"}, None, "bad.json: diffusers makes no UNet2DConditionModel of this"),
@@ -376,15 +381,16 @@ def test_inputs_fit_unets_with_and_without_conditions(config):
     )  # fmt: skip
     projected = UNet2DConditionModel(
         **small, cross_attention_dim=8, attention_head_dim=4, encoder_hid_dim=5, encoder_hid_dim_type="text_proj",
-        class_embed_type="projection", projection_class_embeddings_input_dim=6,
+        class_embed_type="projection", projection_class_embeddings_input_dim=6, time_cond_proj_dim=3,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unconditional = UNet2DModel(**small, **blocks)
     for model in (plain, projected, unconditional, models.find_model(config).build(torch.float32, CPU)):
         kwargs = inputs.make_inputs(model, 2, SIZE, channels_last=True)
-        with torch.no_grad():
+        with torch.no_grad(), run.observe(model) as recorder:
             output = model(**kwargs)[0]
+        recorder.params()  # raises for layers that nothing entered
         assert output.shape == kwargs["sample"].shape and output.isfinite().all()
 
 

@@ -26,7 +26,7 @@ def make_inputs(
 ) -> dict:
     """Keyword arguments of one forward, for pictures of ``size`` pixels. Picture i is the same in every batch.
 
-    Raises ``UnsupportedError`` for a UNet with conditions of another kind than text, SDXL's and class labels.
+    Raises ``UnsupportedError`` for a UNet with conditions of another kind than text, SDXL's, guidance and class labels.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(batch)]
@@ -43,6 +43,8 @@ def make_inputs(
         text = draw(TOKENS, _text_channels(config))
         text[:, 0] = BOS_SIZE * text[0, 0]
         inputs["encoder_hidden_states"] = text
+    if config.get("time_cond_proj_dim") is not None:  # of guidance, in latent consistency models
+        inputs["timestep_cond"] = draw(config.time_cond_proj_dim)
     kind = config.get("addition_embed_type")
     if kind == "text_time":
         pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim

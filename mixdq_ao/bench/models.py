@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mixdq_ao import families
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.files import first_line, parse_json, read_text
 from mixdq_ao.pipelines import TINY, in_dtype
@@ -86,9 +87,13 @@ def _at_most(layers: int, depth, what: str) -> int | list:
 def _model_class(config: Mapping, name: str):
     import diffusers
 
+    known = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)  # what make_inputs() makes inputs for
     found = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise UnsupportedError(f"{name}: a UNet of diffusers can be measured; found {config.get('_class_name')!r}")
+    if not (isinstance(found, type) and issubclass(found, known)):
+        raise UnsupportedError(
+            f"{name}: a UNet of diffusers can be measured ({', '.join(c.__name__ for c in known)}); found "
+            f"{config.get('_class_name')!r}, which can be quantized, but must be timed by calls of your own"
+        )
     return found
 
 
@@ -119,7 +124,9 @@ def _random(name: str, config: Mapping, seed: int) -> Callable[[torch.dtype, tor
 
 def _stored(name: str, where: str | os.PathLike) -> Source:
     where = os.fspath(where)
-    in_pipeline = _config_of(where, "unet")
+    part, in_pipeline = next(
+        ((part, found) for part in families.DENOISERS if (found := _config_of(where, part))), (None, None)
+    )
     config = in_pipeline or _config_of(where, None)
     if config is None:
         raise MixDQError(
@@ -127,7 +134,7 @@ def _stored(name: str, where: str | os.PathLike) -> Source:
             "a folder, or download it first: huggingface-cli download <name>"
         )
     model_class = _model_class(config, name)
-    subfolder = {"subfolder": "unet"} if in_pipeline else {}
+    subfolder = {"subfolder": part} if in_pipeline else {}
 
     def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
         model = model_class.from_pretrained(where, **in_dtype(dtype), local_files_only=True, **subfolder)
