@@ -557,7 +557,8 @@ def test_weights_that_are_no_plain_floating_tensors():
     model = Net()
     torchao.quantize_(model, torchao.quantization.Int8WeightOnlyConfig())
     before = model.conv.weight
-    with pytest.raises(UnsupportedError, match=r"body.0: the weight must be a plain floating tensor; found \w+Tensor of"):
+    found = r"body.0: the weight must be a plain floating tensor; found \w+Tensor of"
+    with pytest.raises(UnsupportedError, match=found):
         quantize_(model, MixDQConfig())
     assert model.conv.weight is before
     quantize_(model, MixDQConfig(protect=["body.0", "body.2"]))
