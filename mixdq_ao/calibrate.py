@@ -14,7 +14,7 @@ from mixdq_ao import families
 from mixdq_ao.bits import ACT_BITS, WEIGHT_BITS, width
 from mixdq_ao.checkpoint import LayerParams, QuantParams, check_format, model_hash
 from mixdq_ao.errors import MixDQError, name_list
-from mixdq_ao.files import TensorFile, parse_json, write_tensors
+from mixdq_ao.files import TensorFile, first_line, parse_json, write_tensors
 from mixdq_ao.fingerprints import arguments_digest, digest, fingerprints
 from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.progress import track
@@ -259,16 +259,31 @@ def run_batches(
     starts = range(skip * batch_size, len(prompts), batch_size)
     for start in track(starts, text, len(starts), progress):
         batch = list(prompts[start : start + batch_size])
-        with torch.no_grad():
-            pipe(
-                prompt=batch,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=generators(seed, range(start, start + len(batch))),
-                output_type="latent",
-                **pipe_kwargs,
-            )
+        run_pipeline(
+            pipe,
+            prompt=batch,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators(seed, range(start, start + len(batch))),
+            output_type="latent",
+            **pipe_kwargs,
+        )
         yield start // batch_size + 1
+
+
+@torch.no_grad()
+def run_pipeline(pipe, **arguments):
+    """What a call of ``pipe`` gives. Raises ``MixDQError`` where the pipeline does not take the arguments."""
+    try:
+        return pipe(**arguments)
+    except MixDQError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise MixDQError(
+            f"{type(pipe).__name__} does not take this call ({first_line(error)}). What it needs besides prompts, such "
+            "as an image, can be given in Python: further arguments of calibrate(), sensitivity() and evaluate() go to "
+            "the pipeline"
+        ) from error
 
 
 def generators(seed: int, numbers: range) -> list[torch.Generator]:

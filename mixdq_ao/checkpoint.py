@@ -142,7 +142,7 @@ class LayerParams:
             fail("bos_input", "must come with bos_output", "none")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class QuantParams:
     """Quantization parameters of a model.
 
@@ -161,6 +161,10 @@ class QuantParams:
     bos_aware: bool = False
     model_hash: str | None = None
     source: str = "<parameters>"
+
+    def __repr__(self) -> str:
+        bos = ", BOS apart" if self.bos_aware else ""
+        return f"QuantParams({len(self.layers)} layers{bos}, {len(self.protect)} protected, from {self.source})"
 
     def save(self, path) -> None:
         """Writes one safetensors file, whole or not at all. Raises ``CheckpointError`` where ``load`` would."""

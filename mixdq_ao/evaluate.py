@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixdq_ao import extras as extra_metrics
 from mixdq_ao import families
-from mixdq_ao.calibrate import checked_prompts, generators
+from mixdq_ao.calibrate import checked_prompts, generators, run_pipeline
 from mixdq_ao.config import MixDQConfig, quantize_
 from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.files import TensorFile, parse_json, read_text, write_tensors, write_text
@@ -401,7 +401,7 @@ class _Run:
             for start in track(starts, text, len(starts), self.progress):
                 batch = self.captions[start : start + self.batch_size]
                 noise = generators(seed, range(start, start + len(batch)))
-                drawn = self.pipe(prompt=batch, generator=noise, output_type="np", **self.call)
+                drawn = run_pipeline(self.pipe, prompt=batch, generator=noise, output_type="np", **self.call)
                 images = pictures_of(self.pipe, drawn)
                 pictures.append(torch.from_numpy(np.rint(255 * images).astype(np.uint8)))
                 outputs.append(first.pop())

@@ -21,12 +21,13 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixdq_ao import families
 from mixdq_ao.bits import FLOAT_BITS, KINDS
-from mixdq_ao.calibrate import checked_prompts, generators
+from mixdq_ao.calibrate import checked_prompts, generators, run_pipeline
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
 from mixdq_ao.evaluate import pictures_of, ssim_of_each
@@ -243,14 +244,17 @@ class _Run:
         try:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
-                with torch.no_grad():
-                    result = self.pipe(
-                        prompt=[self.prompts[i] for i in part],
-                        generator=generators(self.seed, part),
-                        output_type="pt" if pictures else "latent",
-                        **self.call,
-                    )
-                parts.append(pictures_of(self.pipe, result))
+                result = run_pipeline(
+                    self.pipe,
+                    prompt=[self.prompts[i] for i in part],
+                    generator=generators(self.seed, part),
+                    output_type="pt" if pictures else "latent",
+                    **self.call,
+                )
+                images = pictures_of(self.pipe, result)
+                if isinstance(images, np.ndarray):  # of pipelines that do not know "pt"
+                    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                parts.append(images)
         finally:
             hook.remove()
         return (torch.cat(parts) if pictures else None), calls

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixdq_ao import MixDQConfig, MixDQTensor, QuantParams, calibrate, families, load, quantize_, save
 from mixdq_ao.auto import Settings, auto
-from mixdq_ao.errors import UnsupportedError
+from mixdq_ao.errors import MixDQError, UnsupportedError
 from mixdq_ao.evaluate import evaluate, sqnr
 from mixdq_ao.fingerprints import arguments_digest
 from mixdq_ao.sensitivity import sensitivity
@@ -57,6 +57,7 @@ def run_flux(model) -> torch.Tensor:
 
 
 def test_a_transformer_is_calibrated_without_its_grouped_convolutions(params, tmp_path):
+    assert repr(params) == "QuantParams(29 layers, BOS apart, 2 protected, from calibration)"
     assert params.protect == families.grouped_convolutions(micro_transformer()) == GROUPED
     bos = {name for name, p in params.layers.items() if p.bos_output is not None}
     assert bos == {
@@ -180,7 +181,40 @@ def test_video_is_not_evaluated(params, tmp_path):
         sensitivity(Video(), None, prompts(1), tmp_path, progress=False)
 
 
+def test_pictures_of_pipelines_that_know_arrays_only(params, tmp_path):
+    """StableDiffusionAdapterPipeline gives arrays where tensors are asked for."""
+
+    class Arrays(FakePipeline):
+        def __call__(self, output_type, **kwargs):
+            return super().__call__(output_type="np" if output_type == "pt" else output_type, **kwargs)
+
+    def measured(pipe, folder):
+        found = sensitivity(
+            pipe, None, prompts(2), folder, kinds=("act",), metrics="both", layers=["conv_in"], progress=False
+        )
+        return found.scores["act"]["ssim"]["conv_in"]
+
+    assert measured(Arrays(), tmp_path / "arrays") == measured(FakePipeline(), tmp_path / "tensors")
+
+
 # --- arguments of a pipeline ------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_that_needs_more_than_prompts(tmp_path):
+    class Edits(FakePipeline):
+        def __call__(self, image=None, **kwargs):
+            if image is None:
+                raise ValueError("`image` must be given")
+            return super().__call__(**kwargs)
+
+    assert len(calibrate(Edits(), prompts(1), progress=False, image="there").layers) == 85
+    for run in (
+        lambda: calibrate(Edits(), prompts(1), progress=False),
+        lambda: sensitivity(Edits(), None, prompts(1), tmp_path, progress=False),
+        lambda: evaluate(Edits(), {}, prompts(1), progress=False),
+    ):
+        with pytest.raises(MixDQError, match=r"^Edits does not take this call \(`image` must be given\)"):
+            run()
 
 
 def test_arguments_are_told_apart_by_value():
