@@ -137,8 +137,9 @@ def sensitivity(
     prompts = checked_prompts(prompts, "sensitivity()")
     if metrics not in METRICS:
         raise MixDQError(f"metrics must be one of {', '.join(METRICS)}; found {metrics!r}")
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise MixDQError(f"kinds must be of {', '.join(KINDS)}; found {unknown}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise MixDQError(f"kinds must be of {', '.join(KINDS)}; found {list(kinds)}")
+    kinds = [kind for kind in KINDS if kind in kinds]  # in any order they are one measurement
     processes = _Processes()
     processes.place(pipe)
     model = families.denoiser_of(pipe)

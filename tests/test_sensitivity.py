@@ -205,6 +205,13 @@ def test_a_folder_gets_its_noise_floor_of_pictures_with_the_first_layer_that_wan
     assert [set(floor) for floor in floors] == [{"sqnr"}, {"sqnr", "ssim"}, {"sqnr"}]
 
 
+def test_the_order_of_kinds_does_not_matter(calibrated, tmp_path):
+    """The same folder goes on with either, so that the prediction must be one and the same."""
+    orders = (["act", "weight"], ["weight", "act"])
+    one, other = (run(calibrated, tmp_path / k[0], count=1, cheap=True, kinds=k).scores for k in orders)
+    assert one == other
+
+
 def test_a_folder_of_another_measurement_is_refused(calibrated, tmp_path):
     run(calibrated, tmp_path, cheap=True)
     with pytest.raises(MixDQError, match=r"rows-0.jsonl: .*other seed\. Give the same"):
@@ -287,7 +294,8 @@ def lines_so_far(folder: Path) -> list[dict]:
     "kwargs, message",
     [
         ({"layers": ["nothing"]}, "not layers of the model: nothing"),
-        ({"kinds": ["bias"]}, "kinds must be of weight, act; found"),
+        ({"kinds": ["bias"]}, r"kinds must be of weight, act; found \['bias'\]"),
+        ({"kinds": [], "cheap": True}, r"kinds must be of weight, act; found \[\]"),
         ({"metrics": "all"}, "metrics must be one of decoupled, both"),
         ({"count": 0}, "needs a list of prompts"),
     ],
