@@ -119,7 +119,10 @@ class Recorder:
         """
         unseen = [name for name, w in self.watches.items() if not w.seen]
         if unseen:
-            raise MixDQError(f"{len(unseen)} layers were never run while calibrating: {name_list(unseen)}")
+            raise MixDQError(
+                f"{len(unseen)} layers were never run while calibrating: {name_list(unseen)}. Calibrate with "
+                "arguments of the pipeline that make it use them"
+            )
         layers = families.layers_of(self._model)
         return QuantParams(
             layers={

@@ -162,6 +162,11 @@ def quantize_(
     """
     if not isinstance(config, MixDQConfig):
         raise MixDQError(f"quantize_() needs a MixDQConfig; found {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise MixDQError(
+            f"quantize_() needs a model; found {type(model).__name__}. Of a pipeline give the part that denoises: "
+            f"pipe.{' or pipe.'.join(families.DENOISERS)}"
+        )
     recipes = _resolve(model, config, filter_fn)
     layers = families.layers_of(model)
     for name, recipe in track(recipes.items(), "Quantizing", len(recipes), progress):

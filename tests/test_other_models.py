@@ -126,7 +126,15 @@ def test_flux_is_quantized_saved_and_compiled(tmp_path):
     assert sqnr(out, run_flux(torch.compile(model, fullgraph=True, backend="eager"))) > 60
 
 
+def test_layers_of_joint_attention_are_siblings_where_they_read_one_input():
+    found = {tuple(name.rpartition(".")[2] for name in layers) for layers in families.siblings_of(flux())}
+    assert found == {("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")}
+    assert len(families.siblings_of(flux())) == 3  # two of the joint block, one of the single block
+
+
 def test_a_pipeline_with_nothing_to_quantize():
+    with pytest.raises(MixDQError, match=r"found FakePipeline. .* pipe.unet or pipe.transformer"):
+        quantize_(FakePipeline(), MixDQConfig())
     with pytest.raises(UnsupportedError, match=r"object has no unet or transformer to quantize. .* observe\(\)"):
         calibrate(object(), prompts(1))
 
