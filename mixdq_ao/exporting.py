@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,10 @@ def load_exported(path) -> "ExportedModel":
     return ExportedModel(package, facts)
 
 
+# A package that is busy lets a second call wait without giving Python free, which operators in Python then wait for.
+_TURN = threading.Lock()
+
+
 class ExportedModel(nn.Module):
     """What :func:`load_exported` returns: called like the UNet, by a pipeline too, and with the UNet's ``config``.
 
@@ -148,7 +153,8 @@ class ExportedModel(nn.Module):
     def forward(self, *args, return_dict: bool = True, **kwargs):
         found = _named_tensors(_arguments(self._signature, args, kwargs))
         self._check(found)
-        sample = self._package([found[name] for name in self._facts["inputs"]])
+        with _TURN:
+            sample = self._package([found[name] for name in self._facts["inputs"]])
         if not return_dict:
             return (sample,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -212,12 +218,12 @@ def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
 
 
 def _named_tensors(arguments: dict) -> dict[str, Tensor]:
-    """Every tensor in nested arguments, by its place."""
+    """Every tensor in nested arguments, by its place. Contiguous: the machine code asks for no strides."""
     tensors = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(arguments)[0]}
     for name, leaf in tensors.items():
         if not (leaf is None or isinstance(leaf, Tensor)):
             raise UnsupportedError(f"an exported model takes tensors only; found {name} = {leaf!r}")
-    return {name: leaf for name, leaf in tensors.items() if leaf is not None}
+    return {name: leaf.contiguous() for name, leaf in tensors.items() if leaf is not None}
 
 
 def _facts(tensor: Tensor) -> dict:
