@@ -40,17 +40,10 @@ from mixdq_ao.tensor import MixDQTensor
 FORMAT = "mixdq_ao.model"
 FORMAT_VERSION = "1"
 
-# Class name -> module of a model that a file may ask for; nothing else is imported or built from a file.
+# Class name -> module of a model that a file may ask for; nothing else is imported or built from a file. Only models
+# whose constructors stop soon at hostile sizes, and whose buffers are all in the file.
 MODEL_CLASSES = dict.fromkeys(
-    (
-        "UNet2DConditionModel",
-        "UNetMotionModel",
-        "FluxTransformer2DModel",
-        "PixArtTransformer2DModel",
-        "SD3Transformer2DModel",
-        "SanaTransformer2DModel",
-    ),
-    "diffusers",
+    ("UNet2DConditionModel", "FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"), "diffusers"
 )
 
 _REQUIRED = ("qdata", "scale")
