@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mixdq_ao.tensor import MixDQTensor
 
 
-def tiny_sdxl_unet(seed: int = 0, layers_per_block: int = 2):
+def tiny_sdxl_unet(seed: int = 0, layers_per_block: int = 2, **config):
     """A UNet with SDXL's configuration, block types and conditioning, and 3.1 million weights."""
     from diffusers import UNet2DConditionModel
 
@@ -27,6 +27,7 @@ def tiny_sdxl_unet(seed: int = 0, layers_per_block: int = 2):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,
         norm_num_groups=16,
+        **config,
     ).eval()
 
 

@@ -73,6 +73,13 @@ def test_unequal_parameters_get_another_number(unet):
     assert [groups(unet)[name] for name in QKV] == [0, 1, 0]
 
 
+def test_blocks_that_all_read_the_text_do_not_number_it_each():
+    """With numbers of their own, the first attentions of two blocks would share the quantizer of one."""
+    unet = tiny_sdxl_unet(layers_per_block=1, only_cross_attention=True)
+    names = [name for layers in families.siblings_of(unet) for name in layers]
+    assert any("attn2" in name for name in names) and not any("attn1" in name for name in names)
+
+
 def test_another_bos_input_gets_another_number():
     layers = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": nn.Linear(16, 8), "to_v": nn.Linear(16, 8)})})
     for value, layer in enumerate(layers["attn2"].values()):
