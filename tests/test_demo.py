@@ -1,11 +1,13 @@
 """The demo on the small model, and the quality that it shows."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import FakeTransformerPipeline
 
 from mixdq_ao import demo
 from mixdq_ao.errors import MixDQError
@@ -78,6 +80,26 @@ def test_pictures_are_drawn_in_batches_that_do_not_matter():
     assert torch.allclose(drawn.output[:9], fewer.output, atol=1e-4)
     for a, b in zip(drawn.images, fewer.images, strict=False):
         assert np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max() <= 1
+
+
+def test_a_pipeline_around_a_transformer(tmp_path, monkeypatch):
+    timesteps = []
+
+    class Pictures(FakeTransformerPipeline):
+        def __call__(self, output_type="pil", **kwargs):
+            arrays = super().__call__(output_type="np", **kwargs).images
+            return SimpleNamespace(images=[Image.fromarray(np.uint8(255 * a)) for a in arrays])
+
+        def _predict(self, x, t, texts, pooled):
+            hook = self.transformer.register_forward_hook(lambda module, args, output: timesteps.append(args[2]))
+            with hook:
+                return super()._predict(x, t, texts, pooled)
+
+    monkeypatch.setattr(demo, "load_pipeline", lambda *args: Pictures())
+    result = demo.run_demo(tmp_path, model="sana", pictures=2, steps=1, progress=False)
+    assert [row.name for row in result.rows] == ["W16A16", "W8A8", "W4A8"]  # no content layers for a mixed plan
+    assert result.rows[1].mean_weight_bits < 17 and result.rows[1].sqnr > 25
+    assert all(t.dtype == torch.float32 for t in timesteps)
 
 
 def test_many_captions_are_not_all_on_the_sheet(tmp_path):
