@@ -127,7 +127,10 @@ def problem(
 
 def _group(name: str, layers: list[str], table, sizes, widths: Sequence[int]) -> Group:
     if missing := [layer for layer in layers if layer not in table]:
-        raise PlanError(f"{name} group: {len(missing)} layers have a size but no score: {name_list(missing)}")
+        score = "SQNR" if name == QUALITY else "SSIM; a transformer, which has no such layers, is of the family generic"
+        raise PlanError(
+            f"{name} group: {len(missing)} layers have a size but no score: {name_list(missing)}. Give their {score}"
+        )
     scores = {layer: {bits: table[layer][bits] for bits in widths if bits in table[layer]} for layer in layers}
     if bare := [layer for layer, by_bits in scores.items() if not by_bits]:
         raise PlanError(f"{name} group: no score at any of {list(widths)} bits for {name_list(bare)}")

@@ -268,8 +268,10 @@ def test_every_mean_that_the_widths_offer_has_a_plan():
 
 def test_missing_scores_are_an_error():
     content, quality, sizes = invented()
-    with pytest.raises(PlanError, match="conv.* no score|no score.*conv"):
+    with pytest.raises(PlanError, match="no score: block.3.conv. Give their SQNR$"):
         problem(content, {n: s for n, s in quality.items() if n != "block.3.conv"}, sizes)
+    with pytest.raises(PlanError, match=r"content group: .* Give their SSIM; a transformer, .* family generic$"):
+        problem(None, quality, sizes)
     with pytest.raises(PlanError, match="at least one|no layer"):
         problem(content, quality, {})
 
