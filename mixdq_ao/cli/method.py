@@ -207,7 +207,9 @@ def allocate(
     ] = None,
     joint: Annotated[bool, typer.Option("--joint", help="One program for all layers instead of one a group.")] = False,
     kind: Annotated[str, typer.Option(help="weight or act.")] = "weight",
-    family: Annotated[str, typer.Option(help="Whose names tell content layers: sdxl or sd; generic has none.")] = "sdxl",
+    family: Annotated[
+        str, typer.Option(help="Whose names tell content layers: sdxl or sd; generic has none.")
+    ] = "sdxl",
     protect: Annotated[Path | None, typer.Option(help="List of layers that stay floating.")] = None,
     pareto: Annotated[Path | None, typer.Option(help="PNG of the sweep's allocations.")] = None,
     json: JsonOption = False,
