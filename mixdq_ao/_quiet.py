@@ -1,6 +1,7 @@
 """Keeps other libraries' import-time chatter from a user who can do nothing about it."""
 
 import logging
+import os
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +13,10 @@ _CHATTY = ("torchao", "torch.utils._pytree")
 
 @contextmanager
 def quiet_torchao_import():
-    """While the block runs, torchao's loading warnings are dropped where torch has no CUDA, errors never."""
-    loggers = [logging.getLogger(name) for name in _CHATTY[(0 if torch.version.cuda is None else 1) :]]
+    """While the block runs, torchao's loading warnings are dropped where torch has no CUDA, or where its libraries are
+    not wanted; errors never."""
+    unwanted = torch.version.cuda is None or os.environ.get("TORCHAO_FORCE_SKIP_LOADING_SO_FILES") == "1"
+    loggers = [logging.getLogger(name) for name in _CHATTY[(0 if unwanted else 1) :]]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
