@@ -6,7 +6,6 @@ something else of the stages after sensitivity, such as another budget, keeps wh
 """
 
 import copy
-import fcntl
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from mixdq_ao import allocate as allocation
 from mixdq_ao import families
@@ -40,7 +40,7 @@ from mixdq_ao.tables import Scores, Sizes
 CHOSEN = "MixDQ W{bits:g}A8"
 PARAMS, NAIVE_PARAMS, PLAN = "params.safetensors", "params_naive.safetensors", "plan.json"
 CANDIDATES, COMPARED, SQNR_ALONE = "candidates.json", "chosen.json", "plan_sqnr_alone.json"
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", ".lock"
 FIRST_SEED = "first_seed"  # the one of the seeds that plans are compared at
 RATIO = "ratio"
 MODEL, RESULTS, REPORT = "quantized.safetensors", "results.json", "report.html"
@@ -174,17 +174,17 @@ class Candidate:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Raises ``MixDQError`` where another process is in such a block on the same folder. One that is killed is out."""
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MixDQError(f"{folder}: another process is at work in this folder; wait, or give another") from None
-        except OSError:
-            pass  # a file system without locks: as if there were nobody
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise MixDQError(f"{folder}: another process is at work in this folder; wait, or give another") from None
+    except NotImplementedError:
+        pass  # a file system without locks: as if there were nobody
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _read_candidates(path: Path) -> list[Candidate]:

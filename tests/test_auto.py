@@ -17,7 +17,7 @@ from models import run_unet, unet_inputs
 from pipelines import FakePipeline, prompts
 
 from mixdq_ao import BitPlan, MixDQError, QuantParams, families, files, load
-from mixdq_ao.auto import CANDIDATES, MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, _alone_in, auto
+from mixdq_ao.auto import CANDIDATES, LOCK, MODEL, PARAMS, PLAN, REPORT, RESULTS, Settings, _alone_in, auto
 from mixdq_ao.errors import CheckpointError
 
 SETTINGS = Settings(
@@ -213,7 +213,7 @@ def test_files_of_somebody_else_are_neither_used_nor_replaced(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(MixDQError, match=f"there is {name}, but no settings.json"):
         run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} <= {name, LOCK} and (tmp_path / name).read_text() == "precious"
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -224,7 +224,7 @@ def test_one_process_at_a_time(tmp_path):
         assert process.stdout.readline() == "in\n"
         with pytest.raises(MixDQError, match="another process is at work in this folder"):
             run(tmp_path)
-        assert not list(tmp_path.iterdir())
+        assert {path.name for path in tmp_path.iterdir()} <= {LOCK}
     finally:
         process.kill()
         process.wait()
