@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,13 @@ def test_there_is_no_cycle():
 @pytest.mark.parametrize("name", MODULES)
 def test_heavy_libraries_are_imported_where_they_are_used(name):
     assert not imports_at_load(MODULES[name]) & HEAVY
+
+
+def test_modules_load_without_what_windows_lacks():
+    names = ", ".join(f"mixdq_ao.{name}" for name in MODULES if name != "integrations.peft")  # which needs peft
+    code = "import sys\nfor name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'): sys.modules[name] = None\n"
+    result = subprocess.run([sys.executable, "-c", f"{code}import {names}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_tensor_knows_neither_files_nor_other_libraries():
