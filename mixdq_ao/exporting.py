@@ -17,6 +17,7 @@ from mixdq_ao.errors import CheckpointError, MixDQError, UnsupportedError
 from mixdq_ao.files import regular_file, replacing
 from mixdq_ao.model_file import config_of
 from mixdq_ao.passes import FuseQuantizers, Passes
+from mixdq_ao.tensor import MixDQTensor
 
 # Under this key the package's metadata hold our facts, as JSON.
 _KEY = "mixdq_ao"
@@ -69,6 +70,10 @@ def export(
         "inputs": {name: _facts(tensor) for name, tensor in tensors.items()},
         "step": 2**model.num_upsamplers if dynamic else None,
     }
+    for parameter in model.parameters():
+        if isinstance(parameter, MixDQTensor):
+            # diffusers reads it as one that wants a gradient, which torch.export would want of its codes.
+            parameter.requires_grad_(False)
     with torch.no_grad():
         siblings.mark_shared(model)
         module = _OnTensors(model, arguments)

@@ -34,6 +34,7 @@ def draw(pipe, prompts=("a", "b"), steps=2) -> torch.Tensor:
 def pipe():
     pipe = FakePipeline()
     quantize_(pipe.unet, MixDQConfig(calibrate(pipe, ["c", "d"], num_inference_steps=1)))
+    pipe.unet.requires_grad_(True)  # as diffusers' from_pretrained gives it
     return pipe
 
 
