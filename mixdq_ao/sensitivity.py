@@ -12,40 +12,28 @@ Under ``accelerate launch`` the layers, or the prompts, are spread over the proc
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from mixdq_ao import families
 from mixdq_ao.bits import FLOAT_BITS, KINDS
-from mixdq_ao.calibrate import checked_prompts, generators, run_pipeline
+from mixdq_ao.calibrate import checked_prompts, generators
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError, name_list
-from mixdq_ao.evaluate import pictures_of, ssim_of_each
 from mixdq_ao.files import parse_json, read_text, write_text
 from mixdq_ao.fingerprints import arguments_digest, digest, fingerprints
+from mixdq_ao.measuring import SQNR, SSIM, Processes, Run, decibels
 from mixdq_ao.notebook import Notebook
-from mixdq_ao.probing import Call, probe_call
+from mixdq_ao.probing import probe_call
 from mixdq_ao.progress import track
-from mixdq_ao.simulate import (
-    simulated,
-)
+from mixdq_ao.simulate import simulated
 from mixdq_ao.tables import Scores, Sizes, read_scores, read_sizes, write_scores, write_sizes
 from mixdq_ao.tensor import MixDQTensor
-from mixdq_ao.watching import watching
 
-SQNR, SSIM = "sqnr", "ssim"
 METRICS = ("decoupled", "both")
-MAX_DB = 200.0  # stands for "no difference", which is infinite; double rounding is far above
 PROBES = 4
 # Content layers whose pictures tie the cheap mode's SSIM to its SQNR.
 ANCHORS = 4
@@ -140,7 +128,7 @@ def sensitivity(
     if not kinds or not set(kinds) <= set(KINDS):
         raise MixDQError(f"kinds must be of {', '.join(KINDS)}; found {list(kinds)}")
     kinds = [kind for kind in KINDS if kind in kinds]  # in any order they are one measurement
-    processes = _Processes()
+    processes = Processes()
     processes.place(pipe)
     model = families.denoiser_of(pipe)
     every = families.layers_of(model)
@@ -169,7 +157,7 @@ def sensitivity(
         **({"kinds": sorted(kinds), "layers": digest(names), "probes": probes} if cheap else {}),
     }
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **pipe_kwargs}
-    run = _Run(pipe, params, prompts, call, batch_size, seed, metrics == "both")
+    run = Run(pipe, params, prompts, call, batch_size, seed, metrics == "both")
     rows = Notebook(Path(out), settings, processes.rank)
     processes.wait()  # all must see the same work as done before the first adds to it
     if cheap:
@@ -194,150 +182,6 @@ def rank_correlation(a: Scores, b: Scores, bits: int | None = None) -> float:
     return float(spearmanr([a[n][w] for n, w in keys], [b[n][w] for n, w in keys]).statistic)
 
 
-# --- running the pipeline ---------------------------------------------------------------------------------------------
-
-
-class _Processes:
-    """This process among those of ``accelerate launch``; the only one without."""
-
-    def __init__(self):
-        from accelerate import PartialState
-
-        # Unless told so it takes processes without an accelerator for strangers.
-        self._state = PartialState(cpu=not torch.accelerator.is_available())
-        self.rank, self.count = self._state.process_index, self._state.num_processes
-
-    def place(self, pipe) -> None:
-        if self.count > 1 and self._state.device.type != "cpu":
-            pipe.to(self._state.device)
-
-    def share(self, items: Sequence) -> Sequence:
-        """Every ``count``-th item: neighbours, which cost about the same, go to different processes."""
-        return items[self.rank :: self.count]
-
-    def wait(self) -> None:
-        self._state.wait_for_everyone()
-
-
-class _Run:
-    """The pipeline with its prompts, and what the floating model does with them."""
-
-    def __init__(self, pipe, params, prompts, call: dict, batch_size: int, seed: int, all_pictures: bool):
-        self.pipe, self.params, self.prompts, self.call = pipe, params, prompts, call
-        self.batch_size, self.seed, self.all_pictures = batch_size, seed, all_pictures
-        self.model = families.denoiser_of(pipe)
-        self.family = families.family_of(self.model)
-        self.layers = families.layers_of(self.model)
-        pipe.set_progress_bar_config(disable=True)
-        self._numbers: Sequence[int] = ()
-        self.calls: list[Call] = []
-        self.pictures: Tensor | None = None
-
-    def draw(self, numbers: Sequence[int], batch_size: int, pictures: bool = True) -> tuple[Tensor | None, list[Call]]:
-        """Pictures ``[n, 3, h, w]`` in 0..1 (None where they are not wanted) and the UNet calls behind them."""
-        calls, parts = [], []
-
-        def keep(module, args, kwargs, output):
-            first = output[0] if isinstance(output, tuple) else output.sample
-            calls.append(Call(args, kwargs, first.detach()))
-
-        hook = self.model.register_forward_hook(keep, with_kwargs=True)
-        try:
-            for start in range(0, len(numbers), batch_size):
-                part = numbers[start : start + batch_size]
-                result = run_pipeline(
-                    self.pipe,
-                    prompt=[self.prompts[i] for i in part],
-                    generator=generators(self.seed, part),
-                    output_type="pt" if pictures else "latent",
-                    **self.call,
-                )
-                images = pictures_of(self.pipe, result)
-                if isinstance(images, np.ndarray):  # of pipelines that do not know "pt"
-                    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                parts.append(images)
-        finally:
-            hook.remove()
-        return (torch.cat(parts) if pictures else None), calls
-
-    def make_reference(self, pictures: bool, count: int | None = None) -> None:
-        """What the floating model makes of the first ``count`` prompts, of all by default."""
-        self._numbers = range(len(self.prompts))[:count]
-        self.pictures, self.calls = self.draw(self._numbers, self.batch_size, pictures)
-        if not all(bool(call.output.isfinite().all()) for call in self.calls):
-            raise MixDQError("the floating UNet's output is not finite; run it in float32 or bfloat16")
-
-    @torch.no_grad()
-    def replay(self, call: Call, change=lambda t: t) -> Tensor:
-        args, kwargs = call.on_batch(change)
-        return self.model(*args, **{**kwargs, "return_dict": False})[0]
-
-    def wants_pictures(self, name: str) -> bool:
-        return self.all_pictures or self.family.is_content(name)
-
-    def scores(self, pictures: bool) -> dict[str, float]:
-        """SQNR, and SSIM if wanted, of the pipeline's present UNet against the reference."""
-        outputs = None
-        scores = {}
-        if pictures:
-            drawn, calls = self.draw(self._numbers, self.batch_size)
-            scores[SSIM] = self._ssim(drawn)
-            # With one step the inputs were those of the floating model, and nothing is left to run.
-            if self.call["num_inference_steps"] == 1:
-                outputs = [call.output for call in calls]
-        if outputs is None:
-            outputs = [self.replay(call) for call in self.calls]
-        pairs = zip(self.calls, outputs, strict=True)
-        return {SQNR: _decibels(*_energies([(call.output, output) for call, output in pairs])), **scores}
-
-    def _ssim(self, pictures: Tensor) -> float:
-        # In float32 its own rounding, 1e-5, would hide what most layers do at 8 bits.
-        return float(ssim_of_each(pictures.double().nan_to_num(0.0), self.pictures.double()).mean())
-
-    def noise_floor(self) -> dict[str, float]:
-        """Scores of the floating model against itself, in batches of half the size."""
-        pairs = []
-        for call in self.calls:
-            half = max(1, call.batch // 2)
-            slices = [slice(i, i + half) for i in range(0, call.batch, half)]
-            pairs.append((call.output, torch.cat([self.replay(call, itemgetter(part)) for part in slices])))
-        floor = {SQNR: _decibels(*_energies(pairs))}
-        if self.pictures is not None:
-            drawn, _ = self.draw(self._numbers, max(1, self.batch_size // 2))
-            floor[SSIM] = self._ssim(drawn)
-        return floor
-
-    def input_sizes(self) -> Sizes:
-        """Elements of each layer's input for one picture, over all calls for it."""
-        sizes: Sizes = {}
-        pictures = len(self.prompts)
-
-        def note(name: str, x: Tensor) -> None:
-            sizes[name] = sizes.get(name, 0.0) + x.numel() / min(self.batch_size, pictures)
-
-        numbers = range(min(self.batch_size, pictures))
-        with watching(self.model, {name: partial(note, name) for name in self.layers}):
-            self.draw(numbers, self.batch_size, pictures=False)
-        return sizes
-
-
-def _energies(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Energy of the references, and of the differences, in float64."""
-    signal = noise = 0.0
-    for reference, value in pairs:
-        reference = reference.double()
-        signal += float(reference.square().sum())
-        noise += float((value.double() - reference).square().sum())
-    return signal, noise
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """``10 log10(signal / noise)``, at most ``MAX_DB``; a noise that is not finite is as bad as can be."""
-    if not math.isfinite(noise):
-        return -MAX_DB
-    return MAX_DB if noise <= 0 else max(-MAX_DB, min(MAX_DB, 10 * math.log10(signal / noise)))
-
-
 def _digest_of(params: QuantParams | None) -> str | None:
     if params is None:
         return None
@@ -357,7 +201,7 @@ def _pair(kind: str, bits: int) -> tuple[int, int]:
     return (bits, FLOAT_BITS) if kind == "weight" else (FLOAT_BITS, bits)
 
 
-def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, progress) -> None:
+def _measure(run: Run, rows: Notebook, processes: Processes, kinds, names, progress) -> None:
     todo = [(kind, name) for kind in kinds for name in names]
     mine = [(kind, name) for kind, name in todo if (kind, name) not in rows.done]
     mine = processes.share(mine)
@@ -376,17 +220,17 @@ def _measure(run: _Run, rows: Notebook, processes: _Processes, kinds, names, pro
         rows.add(kind, name, {**values, "took": time.perf_counter() - start})
 
 
-def _floor(run: _Run, names) -> tuple[str, str]:
+def _floor(run: Run, names) -> tuple[str, str]:
     """The line of the noise floor: that of layers without pictures lacks theirs."""
     return "floor", SSIM if any(run.wants_pictures(name) for name in names) else SQNR
 
 
-def _note_model(run: _Run, rows: Notebook, floor: tuple[str, str]) -> None:
+def _note_model(run: Run, rows: Notebook, floor: tuple[str, str]) -> None:
     if floor not in rows.done:
         rows.add(*floor, {"floor": run.noise_floor(), "input_sizes": run.input_sizes()})
 
 
-def _measured(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
+def _measured(run: Run, rows: dict, kinds, names, settings) -> Sensitivity:
     scores = {}
     for kind in kinds:
         scores[kind] = {}
@@ -399,7 +243,7 @@ def _measured(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
     return _result(run, rows, scores, names, settings)
 
 
-def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
+def _result(run: Run, rows: dict, scores, names, settings) -> Sensitivity:
     model = rows[_floor(run, names)]
     seen = model["input_sizes"]
     if unseen := [name for name in names if name not in seen]:
@@ -412,7 +256,7 @@ def _result(run: _Run, rows: dict, scores, names, settings) -> Sensitivity:
 # --- the prediction ---------------------------------------------------------------------------------------------------
 
 
-def _predict(run: _Run, rows: Notebook, processes: _Processes, kinds, names, probes: int, progress) -> None:
+def _predict(run: Run, rows: Notebook, processes: Processes, kinds, names, probes: int, progress) -> None:
     every, at_once = range(len(run.prompts)), max(1, run.batch_size // probes)
     batches = [every[first : first + at_once] for first in every[::at_once] if ("prompts", first) not in rows.done]
     mine = processes.share(batches)
@@ -454,7 +298,7 @@ def _predicted_noise(rows: dict, kinds, names) -> dict[str, dict[str, dict[int, 
     }
 
 
-def _anchor(run: _Run, noise, content: list[str]) -> float | None:
+def _anchor(run: Run, noise, content: list[str]) -> float | None:
     """How much larger the relative error energy of pictures, ``2 (1/SSIM - 1)``, is than that of the UNet output.
 
     The median over a few content layers, spread over the upper half of predictions, where errors show, each quantized
@@ -475,12 +319,12 @@ def _anchor(run: _Run, noise, content: list[str]) -> float | None:
     return sorted(factors)[len(factors) // 2] if factors else None
 
 
-def _predicted(run: _Run, rows: dict, kinds, names, settings) -> Sensitivity:
+def _predicted(run: Run, rows: dict, kinds, names, settings) -> Sensitivity:
     noise = _predicted_noise(rows, kinds, names)
     factor = rows["anchors", ""]["factor"]
     scores = {}
     for kind in kinds:
-        tables = {SQNR: {n: {b: _decibels(1.0, e) for b, e in by_bits.items()} for n, by_bits in noise[kind].items()}}
+        tables = {SQNR: {n: {b: decibels(1.0, e) for b, e in by_bits.items()} for n, by_bits in noise[kind].items()}}
         if factor is not None:
             content = [name for name in names if run.wants_pictures(name)]
             tables[SSIM] = {n: {b: 1 / (1 + factor * e / 2) for b, e in noise[kind][n].items()} for n in content}

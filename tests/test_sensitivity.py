@@ -21,7 +21,8 @@ from mixdq_ao.bits import KINDS
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import CheckpointError, MixDQError
 from mixdq_ao.evaluate import sqnr
-from mixdq_ao.sensitivity import MAX_DB, Sensitivity, rank_correlation, sensitivity
+from mixdq_ao.measuring import MAX_DB
+from mixdq_ao.sensitivity import Sensitivity, rank_correlation, sensitivity
 from mixdq_ao.simulate import simulated
 from mixdq_ao.tensor import MixDQTensor
 
