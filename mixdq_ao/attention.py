@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.backends import cuda
 
 from mixdq_ao.errors import UnsupportedError
-from mixdq_ao.ops import _define, _fake
+from mixdq_ao.ops import define, fake
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ _fastest: dict[tuple, str] = {}
 
 # q, k and v: [batch, heads, tokens, channels], channels a multiple of 8, k and v with tokens of their own. scale: None
 # for 1 / sqrt(channels). The output is as q, dense, its strides in the order of those of q.
-@_define("attention(Tensor q, Tensor k, Tensor v, float? scale, str backend) -> Tensor")
+@define("attention(Tensor q, Tensor k, Tensor v, float? scale, str backend) -> Tensor")
 def _attention(q, k, v, scale, backend):
     if backend == AUTO:
         return _run(fastest(q, k, v, scale), q, k, v, scale)
@@ -51,7 +51,7 @@ def _attention(q, k, v, scale, backend):
     return _run(backend, q, k, v, scale)
 
 
-@_fake("attention")
+@fake("attention")
 def _(q, k, v, scale, backend):
     return torch.empty_like(q)
 

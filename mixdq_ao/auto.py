@@ -461,11 +461,11 @@ class _Run:
             sensitivity=panels,
             family=families.family_of(self.model),
             points=points,
-            facts=self._facts(plan, measured),
+            facts=self._facts(plan),
             findings=findings,
         )
 
-    def _facts(self, plan: BitPlan, measured: Sensitivity) -> Mapping[str, str]:
+    def _facts(self, plan: BitPlan) -> Mapping[str, str]:
         s = self.settings
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         how = "predicted from gradients" if s.cheap else "measured, one layer at a time"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS, WIDTHS
-from mixdq_ao.errors import CheckpointError
+from mixdq_ao.errors import CheckpointError, PlanError
 from mixdq_ao.files import METADATA_KEY, TensorFile, check_exact_keys, parse_json, write_tensors
 from mixdq_ao.plan import BitPlan
 
@@ -216,6 +216,23 @@ class QuantParams:
             for name in getattr(self, what) or ():
                 if name not in self.layers:
                     raise CheckpointError(file, name, f"{what} must name only layers of this file", "a layer not there")
+
+    def layer(self, name: str) -> LayerParams:
+        """The parameters of layer ``name``. Raises ``PlanError`` where there are none."""
+        if name not in self.layers:
+            raise PlanError(f"checkpoint {self.source}: no parameters for layer {name}. Protect it, or calibrate again")
+        return self.layers[name]
+
+    def scale(self, name: str, kind: str, bits: int) -> Tensor:
+        """The scale of layer ``name`` at ``bits``, of its "weight" ``[groups, out]`` or its "act" ``[groups]``.
+
+        Raises ``PlanError`` for a layer or a width without one.
+        """
+        by_bits = getattr(self.layer(name), f"{kind}_scale")
+        if bits not in by_bits:
+            what, found = "activation" if kind == "act" else kind, sorted(by_bits) or "none"
+            raise PlanError(f"{name}: checkpoint {self.source} has no {what} scale for {bits} bits, only for {found}")
+        return by_bits[bits]
 
     def _metadata(self) -> dict:
         """The values that are stored as JSON in the metadata."""

@@ -349,16 +349,14 @@ def _refuse_grouped(names: list[str], layers) -> None:
 def _layer_config(name, module, bits, act_bits, params: QuantParams | None, points) -> MixDQLayerConfig:
     if params is None:
         return MixDQLayerConfig(bits, act_bits, input_groups=points)
-    p = params.layers.get(name)
-    if p is None:
-        raise PlanError(f"checkpoint {params.source}: no parameters for layer {name}. Protect it, or calibrate again")
+    p = params.layer(name)
     if p.groups > 1 and (points is None or p.groups != len(points)):
         raise MixDQError(
             f"{name}: checkpoint {params.source} has {p.groups} input groups, but the model joins "
             f"{len(points) if points else 1} there"
         )
     out_channels = module.weight.shape[0]
-    scale = _width_of(p.weight_scale, bits, name, "weight scale", params)
+    scale = params.scale(name, "weight", bits)
     if tuple(scale.shape) != (p.groups, out_channels):
         raise MixDQError(
             f"{name}: the weight scale in {params.source} must be [{p.groups}, {out_channels}]; "
@@ -368,7 +366,7 @@ def _layer_config(name, module, bits, act_bits, params: QuantParams | None, poin
         bits,
         act_bits,
         scale=scale,
-        act_scale=None if act_bits is None else _width_of(p.act_scale, act_bits, name, "activation scale", params),
+        act_scale=None if act_bits is None else params.scale(name, "act", act_bits),
         act_zero_point=None if act_bits is None else p.act_zero_point[act_bits],
         input_groups=points if p.groups > 1 else None,
     )
@@ -383,14 +381,6 @@ def _check_weight(name: str, weight: Tensor, input_groups: list[int] | None) -> 
         )
     if not weight.is_meta and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise MixDQError(f"{name}: the weight must be finite; found infinity or NaN")
-
-
-def _width_of(by_bits: Mapping[int, Tensor], bits: int, name: str, what: str, params: QuantParams) -> Tensor:
-    if bits not in by_bits:
-        raise PlanError(
-            f"{name}: checkpoint {params.source} has no {what} for {bits} bits, only for {sorted(by_bits) or 'none'}"
-        )
-    return by_bits[bits]
 
 
 def _warn_without_bos(recipes, family: families.ModelFamily) -> None:

@@ -33,7 +33,7 @@ _IM2COL_BYTES = 2**22
 _lib = torch.library.Library("mixdq_ao", "DEF")
 
 
-def _define(schema: str):
+def define(schema: str):
     """Define an operator and register the decorated function for every backend."""
     name = schema.partition("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,7 +45,8 @@ def _define(schema: str):
     return register
 
 
-def _fake(name: str):
+def fake(name: str):
+    """Register the decorated function as what ``name`` gives while it is traced: shapes and dtypes alone."""
     return torch.library.register_fake(f"mixdq_ao::{name}", lib=_lib)
 
 
@@ -83,7 +84,7 @@ def _over_image(values: Tensor) -> Tensor:
 
 
 # pad: None for channels in the last dimension; for an image [batch, in, height, width] left, right, top, bottom.
-@_define("quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor")
+@define("quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor")
 def _quantize(x, scale, zero_point, bits, input_groups, pad):
     scale, zero_point = per_channel(scale, input_groups), per_channel(zero_point, input_groups)
     if pad is None:
@@ -114,7 +115,7 @@ def _quantize_into(out: Tensor, x: Tensor, dim: int, scale: Tensor, zero_point: 
         out_part.copy_(q if q.stride(0) == out_part.stride(0) else q.to(torch.int8))
 
 
-@_fake("quantize")
+@fake("quantize")
 def _(x, scale, zero_point, bits, input_groups, pad):
     if pad is None:
         return torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -161,12 +162,12 @@ def quantize_per_token_traced(x: Tensor, bits: int, input_groups) -> tuple[Tenso
     return torch.cat(xq, dim=-1) if len(xq) > 1 else xq[0], scale, zero_point
 
 
-@_define("quantize_per_token(Tensor x, int bits, int[] input_groups) -> (Tensor, Tensor, Tensor)")
+@define("quantize_per_token(Tensor x, int bits, int[] input_groups) -> (Tensor, Tensor, Tensor)")
 def _quantize_per_token(x, bits, input_groups):
     return quantize_per_token_traced(x, bits, input_groups)
 
 
-@_fake("quantize_per_token")
+@fake("quantize_per_token")
 def _(x, bits, input_groups):
     scale = torch.empty((*x.shape[:-1], len(input_groups)), dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale, torch.empty_like(scale)
@@ -175,7 +176,7 @@ def _(x, bits, input_groups):
 # --- quantizers fused with what comes before them, in float32: nothing is rounded to the dtype of x in between --------
 
 
-@_define(
+@define(
     "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor zero_point, int bits, "
     "int[] input_groups) -> Tensor"
 )
@@ -185,24 +186,24 @@ def _layer_norm_quantize(x, weight, bias, eps, scale, zero_point, bits, input_gr
     return _quantize(y, scale, zero_point, bits, input_groups, None)
 
 
-@_fake("layer_norm_quantize")
+@fake("layer_norm_quantize")
 def _(x, weight, bias, eps, scale, zero_point, bits, input_groups):
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@_define("geglu_quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups) -> Tensor")
+@define("geglu_quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, int[] input_groups) -> Tensor")
 def _geglu_quantize(x, scale, zero_point, bits, input_groups):
     """``x [..., 2 in]`` is value, gate: ``value * gelu(gate)`` with the exact gelu."""
     value, gate = x.float().chunk(2, dim=-1)
     return _quantize(value * F.gelu(gate), scale, zero_point, bits, input_groups, None)
 
 
-@_fake("geglu_quantize")
+@fake("geglu_quantize")
 def _(x, scale, zero_point, bits, input_groups):
     return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.int8, device=x.device)
 
 
-@_define(
+@define(
     "group_norm_quantize(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor scale, "
     "Tensor zero_point, int bits, int[] input_groups, SymInt[]? pad) -> Tensor"
 )
@@ -213,7 +214,7 @@ def _group_norm_quantize(x, num_groups, weight, bias, eps, silu, scale, zero_poi
     return _quantize(y, scale, zero_point, bits, input_groups, pad or _NO_PAD)
 
 
-@_fake("group_norm_quantize")
+@fake("group_norm_quantize")
 def _(x, num_groups, weight, bias, eps, silu, scale, zero_point, bits, input_groups, pad):
     return _empty_image(_padded_shape(x, pad or _NO_PAD), torch.int8, x.device)
 
@@ -284,7 +285,7 @@ def _check_residual(residual: Tensor | None, *shapes) -> None:
         raise MixDQError(f"residual must have the output's shape {list(shapes[0])}; found {list(residual.shape)}")
 
 
-@_define(
+@define(
     "linear_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, int bits, int[] input_groups, "
     "ScalarType out_dtype, Tensor? residual=None) -> Tensor"
 )
@@ -306,12 +307,12 @@ def _linear_into(out: Tensor, xq: Tensor, qdata, alpha, offset, bits, input_grou
         _multiply(_split(block, input_groups, 1), weights, alpha, offset, residual_block, out_block)
 
 
-@_fake("linear_int8")
+@fake("linear_int8")
 def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype, residual=None):
     return xq.new_empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype)
 
 
-@_define(
+@define(
     "linear_int8_multi(Tensor xq, Tensor[] qdata, Tensor[] alpha, Tensor[] beta, Tensor?[] bias, int[] bits, "
     "int[] input_groups, ScalarType out_dtype) -> Tensor"
 )
@@ -324,12 +325,12 @@ def _linear_int8_multi(xq, qdata, alpha, beta, bias, bits, input_groups, out_dty
     return out
 
 
-@_fake("linear_int8_multi")
+@fake("linear_int8_multi")
 def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype):
     return xq.new_empty((*xq.shape[:-1], sum(q.shape[0] for q in qdata)), dtype=out_dtype)
 
 
-@_define(
+@define(
     "linear_int8_dynamic(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor qdata, Tensor scale, "
     "Tensor weight_sum, Tensor? bias, int bits, int[] input_groups, ScalarType out_dtype) -> Tensor"
 )
@@ -348,7 +349,7 @@ def _linear_int8_dynamic(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bi
     return _as_rows_of(xq, y.to(out_dtype))
 
 
-@_fake("linear_int8_dynamic")
+@fake("linear_int8_dynamic")
 def _(xq, x_scale, x_zero_point, qdata, scale, weight_sum, bias, bits, input_groups, out_dtype):
     return xq.new_empty((*xq.shape[:-1], qdata.shape[0]), dtype=out_dtype)
 
@@ -368,7 +369,7 @@ def _windows(x: Tensor, kernel, out_size, stride, dilation) -> Tensor:
     return x.as_strided(shape, strides, x.storage_offset())
 
 
-@_define(
+@define(
     "conv2d_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, int bits, int[] input_groups, ScalarType out_dtype, "
     "Tensor? residual=None) -> Tensor"
@@ -405,7 +406,7 @@ def _image_blocks(shape, reduction: int, whole: bool):
             yield slice(first, first + samples), slice(top, top + lines)
 
 
-@_fake("conv2d_int8")
+@fake("conv2d_int8")
 def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_groups, out_dtype, residual=None):
     return _empty_image(_conv_output_shape(xq, qdata, stride, padding, dilation), out_dtype, xq.device)
 
@@ -413,7 +414,7 @@ def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_group
 # --- quantize and multiply in one call, for eager ---------------------------------------------------------------------
 
 
-@_define(
+@define(
     "quantized_linear(Tensor x, Tensor act_scale, Tensor act_zero_point, int act_bits, Tensor qdata, Tensor alpha, "
     "Tensor beta, Tensor? bias, int bits, int[] input_groups) -> Tensor"
 )
@@ -422,12 +423,12 @@ def _quantized_linear(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta
     return _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, x.dtype)
 
 
-@_fake("quantized_linear")
+@fake("quantized_linear")
 def _(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups):
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
-@_define(
+@define(
     "quantized_conv2d(Tensor x, Tensor act_scale, Tensor act_zero_point, int act_bits, Tensor qdata, Tensor alpha, "
     "Tensor beta, Tensor? bias, SymInt[2] stride, SymInt[] pad, SymInt[2] dilation, int bits, int[] input_groups) "
     "-> Tensor"
@@ -440,7 +441,7 @@ def _quantized_conv2d(
     return _conv2d_int8(xq, qdata, alpha, beta, bias, stride, (0, 0), dilation, bits, input_groups, x.dtype)
 
 
-@_fake("quantized_conv2d")
+@fake("quantized_conv2d")
 def _(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, stride, pad, dilation, bits, input_groups):
     padded = x.new_empty(_padded_shape(x, pad))
     return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
@@ -457,7 +458,7 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, input_groups, dtype: tor
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-@_define(
+@define(
     "linear_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int[] input_groups) -> Tensor"
 )
 def _linear_weight_only(x, qdata, scale, bias, bits, input_groups):
@@ -467,12 +468,12 @@ def _linear_weight_only(x, qdata, scale, bias, bits, input_groups):
     return _as_rows_of(x, y.contiguous())
 
 
-@_fake("linear_weight_only")
+@fake("linear_weight_only")
 def _(x, qdata, scale, bias, bits, input_groups):
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
-@_define(
+@define(
     "conv2d_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt[2] stride, SymInt[] pad, "
     "SymInt[2] dilation, int bits, int[] input_groups) -> Tensor"
 )
@@ -483,7 +484,7 @@ def _conv2d_weight_only(x, qdata, scale, bias, stride, pad, dilation, bits, inpu
     return _empty_image(y.shape, y.dtype, y.device).copy_(y)
 
 
-@_fake("conv2d_weight_only")
+@fake("conv2d_weight_only")
 def _(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
     padded = x.new_empty(_padded_shape(x, pad))
     return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
@@ -492,7 +493,7 @@ def _(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
 # --- what there is no formula for -------------------------------------------------------------------------------------
 
 
-@_define("no_backward(Tensor grad, SymInt[] shape) -> Tensor")
+@define("no_backward(Tensor grad, SymInt[] shape) -> Tensor")
 def _no_backward(grad, shape):
     """Stands for the gradient, of that shape, of what a quantized layer reads."""
     raise UnsupportedError(
@@ -500,7 +501,7 @@ def _no_backward(grad, shape):
     )
 
 
-@_fake("no_backward")
+@fake("no_backward")
 def _(grad, shape):
     return grad.new_empty(shape)
 

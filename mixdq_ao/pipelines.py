@@ -6,6 +6,7 @@ import torch
 
 from mixdq_ao import families
 from mixdq_ao.errors import MixDQError, UnsupportedError
+from mixdq_ao.files import first_line
 from mixdq_ao.tiny_model import load_tiny_sdxl
 
 TINY = "tiny-sdxl"
@@ -47,9 +48,8 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     try:
         pipe = DiffusionPipeline.from_pretrained(os.fspath(name), **in_dtype(dtype), local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MixDQError(
-            f"{name}: not '{TINY}', and no diffusers pipeline on this machine ({reason[:200]}). Give a folder, or "
+            f"{name}: not '{TINY}', and no diffusers pipeline on this machine ({first_line(error)}). Give a folder, or "
             "download it first: huggingface-cli download <name>"
         ) from error
     try:

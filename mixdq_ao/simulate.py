@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixdq_ao import families, ops
 from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS, act_width, width
-from mixdq_ao.checkpoint import LayerParams, QuantParams
+from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import MixDQError, PlanError, name_list
 from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.plan import BitPlan
@@ -112,7 +112,7 @@ def act_quantizer(name: str, module: nn.Module, bits: int, params: QuantParams |
     if params is None:
         return ActQuantizer(bits, groups, channel_dim, None, None)
     p, device = params.layers[name], module.weight.device
-    scale = _of_width(p.act_scale, bits, name, "activation scale", params)
+    scale = params.scale(name, "act", bits)
     return ActQuantizer(bits, groups, channel_dim, scale.to(device), p.act_zero_point[bits].to(device))
 
 
@@ -123,7 +123,7 @@ def input_groups(
     whole = [module.weight.shape[1]]
     if params is None:
         return points.get(name, whole)
-    found = _layer_params(name, params).groups
+    found = params.layer(name).groups
     groups = whole if found == 1 else points.get(name, whole)
     if found != len(groups):
         raise MixDQError(
@@ -136,20 +136,7 @@ def weight_scale(name: str, bits: int, params: QuantParams | None) -> Tensor | N
     """Scale float32 ``[groups, out]`` of layer ``name`` at ``bits``; None = by the largest weight, or 16 bits."""
     if params is None or bits == FLOAT_BITS:
         return None
-    return _of_width(_layer_params(name, params).weight_scale, bits, name, "weight scale", params)
-
-
-def _layer_params(name: str, params: QuantParams) -> LayerParams:
-    if name not in params.layers:
-        raise PlanError(f"checkpoint {params.source}: no parameters for layer {name}. Calibrate again")
-    return params.layers[name]
-
-
-def _of_width(by_bits: Mapping[int, Tensor], bits: int, name: str, what: str, params: QuantParams) -> Tensor:
-    if bits not in by_bits:
-        found = sorted(by_bits) or "none"
-        raise PlanError(f"{name}: checkpoint {params.source} has no {what} for {bits} bits, only for {found}")
-    return by_bits[bits]
+    return params.scale(name, "weight", bits)
 
 
 def simulated_weight(
