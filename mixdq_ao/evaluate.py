@@ -265,11 +265,11 @@ def evaluate(
 
 
 def _make_unet(floating_unet: nn.Module, recipe: Recipe) -> nn.Module:
-    if isinstance(recipe, (str, os.PathLike)):
-        parameter = next(floating_unet.parameters())
-        return load(recipe, device=parameter.device).to(parameter.dtype)  # as the rest of the pipeline computes
     unet = copy.deepcopy(floating_unet)
-    if isinstance(recipe, MixDQConfig):
+    if isinstance(recipe, (str, os.PathLike)):  # of any class, while a file builds few
+        parameter = next(unet.parameters())
+        load(recipe, model=unet, device=parameter.device).to(parameter.dtype)  # as the rest of the pipeline computes
+    elif isinstance(recipe, MixDQConfig):
         quantize_(unet, recipe, progress=False)
     elif recipe is not None:
         recipe(unet)

@@ -149,6 +149,21 @@ def test_a_class_of_ones_own_is_of_its_parents_family():
     assert families.family_of(Mine(**micro_unet().config)) is families.SDXL
 
 
+def test_a_file_of_a_class_that_no_file_builds_is_evaluated(tmp_path):
+    class Mine(UNet2DConditionModel):
+        pass
+
+    pipe, file = FakePipeline(), tmp_path / "mine.safetensors"
+    pipe.unet.__class__ = Mine
+    model = copy.deepcopy(pipe.unet)
+    quantize_(model, MixDQConfig())
+    save(model, file)
+    with pytest.raises(MixDQError, match="give it as model="):
+        load(file)
+    result = evaluate(pipe, {"file": file, "here": MixDQConfig()}, prompts(1), progress=False)
+    assert result.row("file").values == result.row("here").values
+
+
 def test_video_unets():
     """AnimateDiff's is Stable Diffusion's with layers between; SVD's resnets are pairs, whose halves are not joined."""
     sizes = {"block_out_channels": (32, 32), "layers_per_block": 1, "cross_attention_dim": 8, "num_attention_heads": 2}
