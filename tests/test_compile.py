@@ -12,6 +12,7 @@ from pipelines import micro_unet
 from reference import assert_same, sqnr
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCachePickler
 
 from mixdq_ao import MixDQConfig, UnsupportedError, quantize_, tensor
 from mixdq_ao.tensor import MixDQTensor
@@ -99,6 +100,10 @@ def test_backward_is_refused_with_the_reason(kind, backend):
         assert not compiled(image().requires_grad_()).requires_grad
 
 
+@pytest.mark.skipif(
+    not hasattr(AOTAutogradCachePickler, "_default_stable_hash_for_caching"),
+    reason="this torch does not ask a tensor what its graphs in the cache depend on",
+)
 def test_the_caches_of_torch_know_our_code(monkeypatch, tmp_path):
     """A graph that another version of the library left on the disk is not taken."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
