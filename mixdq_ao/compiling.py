@@ -130,6 +130,11 @@ class CompiledModel(OptimizedModule):
         parameters = list(inspect.signature(model.forward).parameters)
         self._timestep_position = parameters.index("timestep") if "timestep" in parameters else None
 
+    @property
+    def __class__(self):
+        """The model's: a diffusers pipeline leaves parts of other classes out when adapters are set or unloaded."""
+        return type(self._orig_mod)
+
     def __reduce__(self):
         return CompiledModel, (self._orig_mod, self._settings)
 
@@ -290,8 +295,8 @@ def _copy(targets: list, sources: list) -> None:
 def _key(leaves: list, spec) -> tuple:
     """All that a compiled graph depends on, as far as a call shows it."""
     values = [(v.shape, v.dtype, v.device) if _is_tensor(v) else (type(v), v) for v in leaves]
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda")
-    return tuple(values), spec, modes
+    autocast = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu")]
+    return tuple(values), spec, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 class _Watch:

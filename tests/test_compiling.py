@@ -20,7 +20,7 @@ from torch._inductor import metrics
 
 import mixdq_ao
 from mixdq_ao import MixDQConfig, MixDQTensor, Passes, UnsupportedError, families, load, observe, quantize_, save
-from mixdq_ao.compiling import CompiledModel, _Watch
+from mixdq_ao.compiling import CompiledModel, _key, _Watch
 from mixdq_ao.evaluate import sqnr
 
 
@@ -134,6 +134,43 @@ def test_a_pipeline_takes_and_saves_it(tmp_path):
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
     assert type(loaded.unet) is diffusers.UNet2DModel
     assert torch.equal(loaded.unet.conv_in.weight.qdata, unet.conv_in.weight.qdata)
+
+
+def test_a_pipeline_sets_and_unloads_its_adapters():
+    """diffusers looks for them in parts that are models by class, and passes over all others without a word."""
+    peft = pytest.importorskip("peft")
+    unet = micro_unet()
+    quantize_(unet, MixDQConfig())
+    compiled = mixdq_ao.compile(unet)
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipe = diffusers.StableDiffusionXLPipeline(
+        **dict.fromkeys(parts), unet=compiled, scheduler=diffusers.EulerDiscreteScheduler()
+    )
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]), adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    layers = [m for m in unet.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert layers and {m.scaling["style"] for m in layers} == {0.5}
+    pipe.disable_lora()
+    assert all(m.disable_adapters for m in layers)
+    pipe.unload_lora_weights()
+    assert not any(isinstance(m, peft.tuners.lora.Linear) for m in unet.modules())
+    assert isinstance(compiled, CompiledModel) and isinstance(copy.copy(compiled), CompiledModel)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_graph_is_that_of_its_autocast_dtype(device):
+    """Set by hand: torch.autocast("cuda") does nothing where there is no GPU."""
+    leaves, spec = torch.utils._pytree.tree_flatten(((sample(),), {}))
+    before, keys = torch.get_autocast_dtype(device), [_key(leaves, spec)]
+    try:
+        torch.set_autocast_enabled(device, True)
+        for dtype in (torch.float16, torch.bfloat16):
+            torch.set_autocast_dtype(device, dtype)
+            keys.append(_key(leaves, spec))
+    finally:
+        torch.set_autocast_enabled(device, False)
+        torch.set_autocast_dtype(device, before)
+    assert len(set(keys)) == 3 and keys[0] == _key(leaves, spec)
 
 
 def test_compiled_from_compiled():
