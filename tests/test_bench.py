@@ -1,13 +1,17 @@
 """The benchmark: which variants there are, what a row says, and that nothing measured is ever lost."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +126,38 @@ def test_variants_in_processes_of_their_own(config, tmp_path, capfd):
     assert len({r.run for r in found.rows}) == 1 and Results.read(out) == found
     assert found.row("w8a8-eager", 2).sqnr > 10 and found.row("fp32", 1).same
     assert capfd.readouterr().err.count(" ms\n") == 6
+
+
+SLOW_RUN = """
+import sys, time
+from mixdq_ao.bench import run
+
+def measure(*args):
+    print("at work", flush=True)
+    time.sleep(1000)
+
+run._Bench._variant = measure
+if __name__ == "__main__":
+    names = ["float", "w8a8-eager", "w4a8-eager", "w2a8-eager"]
+    run.run_bench(sys.argv[1], size=64, variants=names, jobs=2, progress=False)
+"""
+
+
+@pytest.mark.parametrize("ending", ["SIGKILL", "SIGINT"])
+def test_processes_end_with_the_run_that_started_them(config, tmp_path, ending):
+    """A pool alone would leave them behind, or do all that was submitted first."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_RUN)
+    command = [sys.executable, str(script), config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
+        try:
+            assert process.stdout.readline() == "at work\n"
+            process.send_signal(getattr(signal, ending))
+            printed, _ = process.communicate(timeout=60)  # until the last process has closed its output
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert printed.count("at work") < 2
 
 
 def test_a_variant_that_compiles_for_too_long_is_a_row_that_says_so(config, monkeypatch):
@@ -460,6 +496,25 @@ def test_what_is_measured_is_kept_when_stopped(config, tmp_path, monkeypatch):
         bench(config, ["float"], out=out, resume=True)
 
 
+def test_rows_are_those_of_the_files_contents(config, tmp_path):
+    """A configuration and a plan may be edited between two runs."""
+    model, plan, out = tmp_path / "config.json", tmp_path / "plan.json", tmp_path / "bench.json"
+    model.write_text(text := Path(config).read_text())
+    BitPlan({"conv_in": 8, "conv_out": 8}).write(plan)
+
+    def again(names=("float",)):
+        return bench(str(model), names, plan=plan, compile=False, out=out, resume=True)
+
+    assert [r.error == "" for r in again().rows] == [True, False]  # it names too few layers
+    assert again().rows[0].run
+    BitPlan({"conv_in": 4, "conv_out": 8}).write(plan)
+    with pytest.raises(MixDQError, match=r"on another machine \(plan's bits differ\)"):
+        again()
+    model.write_text(text.replace('"layers_per_block": 1', '"layers_per_block": 2'))
+    with pytest.raises(MixDQError, match=r"on another machine \(model's configuration, plan's bits differ\)"):
+        again()
+
+
 def test_profile_writes_traces_and_calls_the_tools_that_are_there(config, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(tracing.shutil, "which", lambda tool: tool if tool == "nsys" else None)
@@ -534,11 +589,15 @@ nsys of w8a8: done: nsys profile ...""",
     )
 
 
-def test_plot_of_made_up_results(tmp_path):
+def test_plot_of_made_up_results(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
     from PIL import Image
 
-    found = made_up()
+    found, drawn, plot = made_up(), [], Axes.plot
+    found.rows.sort(key=lambda r: r.batch == 4, reverse=True)  # as a run with --resume leaves them
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **more: drawn.append(x) or plot(self, x, *rest, **more))
     write_plot(found, tmp_path / "bench.png")
+    assert drawn == [[1, 4, 8]] * 5
     wide = Image.open(tmp_path / "bench.png").size[0]
     found.rows = [r for r in found.rows if r.batch == 1]
     write_plot(found, tmp_path / "one.png")
@@ -602,13 +661,16 @@ def test_command_writes_prints_and_does_not_replace_unasked(config, tmp_path):
         (["--resume", "--force", "--out", "a.json"], "give one of the two"),
         (["--variants", ","], "nothing to measure"),
         (["--variants", ",", "--plan", "plan.json"], "nothing to measure"),
+        (["--variants", "w8a8", "--plan", "w8a8.json"], "w8a8.json: the rows of this plan would be called 'w8a8'"),
+        (["--seed", str(2**63)], "seed must be a number of 32 bits; found 9223372036854775808"),
     ],
 )
 def test_command_refuses_before_it_measures(config, tmp_path, monkeypatch, options, message):
     here = tmp_path / "here"
     (here / "folder.png").mkdir(parents=True)
     (here / "file").touch()
-    BitPlan({"conv_in": 8}).write(here / "plan.json")
+    for name in ("plan.json", "w8a8.json"):
+        BitPlan({"conv_in": 8}).write(here / name)
     monkeypatch.chdir(here)
     monkeypatch.setattr(run._Bench, "run", lambda *args: pytest.fail("measured"))
     with pytest.raises(MixDQError, match=message):

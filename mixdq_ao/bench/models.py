@@ -37,10 +37,12 @@ LATENT_SCALE = 8  # pixels of a latent pixel's side, where no VAE says so
 class Source:
     """Where a model comes from. ``build(dtype, device)`` makes it anew, with the same weights each time.
 
-    ``latent_scale``: how many pixels of a picture one of the UNet's input stands for, along a side.
+    ``config``: the UNet's; ``latent_scale``: how many pixels of a picture one of the UNet's input stands for, along a
+    side.
     """
 
     name: str
+    config: Mapping
     build: Callable[[torch.dtype, torch.device], nn.Module]
     latent_scale: int = LATENT_SCALE
 
@@ -53,8 +55,8 @@ def find_model(name: str, layers: int | None = None, seed: int = 0) -> Source:
     Raises ``MixDQError`` for a name that is not there.
     """
     if name == SDXL or name.endswith(".json"):
-        config = SDXL_CONFIG if name == SDXL else _read_config(name)
-        return Source(name, _random(name, _with_layers(name, config, layers), seed))
+        config = _with_layers(name, SDXL_CONFIG if name == SDXL else _read_config(name), layers)
+        return Source(name, config, _random(name, config, seed))
     if layers is not None:
         raise MixDQError(f"--layers leaves out layers of {SDXL} or of a config.json; {name} has weights for all of its")
     return _stored(name, TINY_SDXL if name == TINY else name)
@@ -142,7 +144,7 @@ def _stored(name: str, where: str | os.PathLike) -> Source:
 
     vae = _config_of(where, "vae") if in_pipeline else None
     channels = (vae or {}).get("block_out_channels")
-    return Source(name, build, 2 ** (len(channels) - 1) if channels else LATENT_SCALE)
+    return Source(name, config, build, 2 ** (len(channels) - 1) if channels else LATENT_SCALE)
 
 
 def _config_of(where: str, subfolder: str | None) -> dict | None:

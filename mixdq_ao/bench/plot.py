@@ -114,7 +114,7 @@ def _scaling(axes, rows: Sequence[Row], batches: Sequence[int]) -> None:
     styles = ("-", "--", ":", "-.")
     seen: dict[str, int] = {}
     for name in dict.fromkeys(r.variant for r in rows):
-        own = [r for r in rows if r.variant == name]
+        own = sorted((r for r in rows if r.variant == name), key=lambda r: r.batch)  # a resumed run's come as measured
         colour = _colour(name)
         style = styles[seen.setdefault(colour, 0) % len(styles)]
         x, y = [r.batch for r in own], [r.latency.median / r.batch for r in own]

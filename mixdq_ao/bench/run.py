@@ -5,12 +5,15 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -36,12 +39,15 @@ from mixdq_ao.calibrate import observe
 from mixdq_ao.doctor import examine
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.files import first_line, writable_file, writable_folder
+from mixdq_ao.fingerprints import digest
 from mixdq_ao.memory import measure_memory
 from mixdq_ao.pipelines import checked_device
+from mixdq_ao.plan import BitPlan
 from mixdq_ao.progress import between
 
 # Ranges of activations are taken from that many pictures: enough to see that the first token is always the same.
 CALIBRATION_BATCH = 2
+ENDING_SECONDS = 10.0  # that a process has for what it is doing when it is to end
 
 
 def run_bench(
@@ -133,6 +139,8 @@ class _Bench:
         for what, values in (("batch", self.batches), ("repeats", [repeats]), ("size", [size])):
             if not values or min(values) < 1:
                 raise MixDQError(f"{what} must be at least 1; found {values}")
+        if not 0 <= seed < 2**32:
+            raise MixDQError(f"seed must be a number of 32 bits; found {seed}")
         # A timer knows no other; 0 would switch it off.
         if compile_limit is not None and not 0 < compile_limit <= threading.TIMEOUT_MAX:
             raise MixDQError(f"compile_limit must be a positive number of seconds; found {compile_limit}")
@@ -190,7 +198,10 @@ class _Bench:
         # Bytes: a tensor that multiprocessing itself sends is a file descriptor, and parameters are thousands of them.
         common = self.settings.model, self.batches, settings | own, pickle.dumps(prepared), started
         spawn = multiprocessing.get_context("spawn")
-        with _shared_threads(jobs), ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn) as pool:
+        watched, held = spawn.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(min(jobs, len(todo)), spawn, initializer=_end_with, initargs=(watched,))
+        # Closed in this order: a pool that is left waits for all that was submitted, unless its processes end.
+        with watched, _shared_threads(jobs), pool, held:
             futures = {pool.submit(_variant_elsewhere, v.asked, *common): v for v in todo}
             for done in as_completed(futures):
                 variant = futures[done]
@@ -213,6 +224,10 @@ class _Bench:
 
     def _start(self, out: Path | None, resume: bool) -> Results:
         environment = {f.name: f.value for f in examine()}
+        # Files may be edited between two runs.
+        environment["model's configuration"] = digest(self.source.config)
+        if self.settings.plan is not None:
+            environment["plan's bits"] = digest(dict(BitPlan.read(self.settings.plan)))
         results = Results(self.settings, environment, float_name(self.dtype) + COMPILED)
         if not resume or out is None or not out.exists():
             return results
@@ -387,8 +402,24 @@ def _variant_elsewhere(name: str, model: str, batches, options: dict, prepared: 
     """The rows of one variant, in a process that was started for it."""
     bench = _Bench(model, batches, [name], **options)
     bench.advance = lambda text, count=1: None
-    with bench._state():
-        return bench._variant(bench.variants[0], pickle.loads(prepared), started)
+    try:
+        with bench._state():
+            return bench._variant(bench.variants[0], pickle.loads(prepared), started)
+    except SystemExit:  # of _end_with; a pool's process would send it back and go on with the next variant
+        os._exit(1)
+
+
+def _end_with(watched: Connection) -> None:
+    """In a process of the pool: end it when Ctrl-C is pressed, and when the run that started it is stopped or gone."""
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(1))
+
+    def watch() -> None:
+        wait([watched])  # for the end of file
+        os.kill(os.getpid(), signal.SIGINT)  # what is being done cleans up
+        time.sleep(ENDING_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

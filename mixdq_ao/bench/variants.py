@@ -76,7 +76,7 @@ def parse_variants(
 ) -> list[Variant]:
     """The variants of these names, each once. ``whole`` False: the model lacks layers, and ``plan`` may name them.
 
-    Raises ``MixDQError`` for a name that means nothing, and for a plan that cannot be read.
+    Raises ``MixDQError`` for a name that means nothing or two things, and for a plan that cannot be read.
     """
     bits = None
     if plan is not None:
@@ -86,7 +86,11 @@ def parse_variants(
     found = {}
     for name in names:
         variant = _parse(name, dtype, bits, plan, whole, compile)
-        found.setdefault(variant.name, variant)
+        same = found.setdefault(variant.name, variant)
+        if _asks_plan([same.asked]) != _asks_plan([name]):
+            raise MixDQError(
+                f"{plan}: the rows of this plan would be called {variant.name!r} as others are. Give it another name"
+            )
     if not found:
         raise MixDQError(f"nothing to measure: name at least one variant of {NAMES}")
     return list(found.values())
