@@ -48,6 +48,8 @@ def load_pipeline(name: str | os.PathLike, device: str = "cpu", dtype: torch.dty
     try:
         pipe = DiffusionPipeline.from_pretrained(os.fspath(name), **in_dtype(dtype), local_files_only=True)
     except (OSError, ValueError) as error:
+        if os.path.isfile(os.path.join(name, "model_index.json")):
+            raise MixDQError(f"{name}: diffusers cannot load this pipeline: {error}") from error
         raise MixDQError(
             f"{name}: not '{TINY}', and no diffusers pipeline on this machine ({first_line(error)}). Give a folder, or "
             "download it first: huggingface-cli download <name>"

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mixdq_ao import BitPlan, MixDQError, QuantParams, cli, families
 from mixdq_ao.pipelines import TINY, load_pipeline
+from mixdq_ao.tiny_model import TINY_SDXL
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,9 @@ def test_a_device_that_is_not_there(name, tmp_path):
 def test_a_pipeline_that_is_not_there(tmp_path):
     with pytest.raises(MixDQError, match="no diffusers pipeline on this machine"):
         load_pipeline(tmp_path / "none")
+    (tmp_path / "model_index.json").write_text((TINY_SDXL / "model_index.json").read_text())
+    with pytest.raises(MixDQError, match="diffusers cannot load this pipeline: .*config.json"):
+        load_pipeline(tmp_path)
 
 
 def test_an_error_keeps_its_brackets(monkeypatch, capsys):
