@@ -7,7 +7,7 @@ Ratios are taken within one file, so within one run.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixdq_ao.bench.results import Results, Row
+from mixdq_ao.errors import CheckpointError, MixDQError
 from mixdq_ao.files import parse_json, read_text
 from mixdq_ao.summary import MIB
 
@@ -47,7 +48,8 @@ def kernel_claims(kernels: dict | None) -> Iterator[Claim]:
     cases = {} if kernels is None else kernels["cases"]
 
     def total(case: str, kind: str, name: str) -> float | None:
-        return cases[case]["sums"][kind][name] if case in cases else None
+        sums = cases[case]["sums"] if case in cases else {}  # none as long as layers are missing
+        return sums[kind][name] if sums else None
 
     small, large = "512 px, batch 1", "1024 px, batch 4"
     goals = ((small, "linear", 1.45), (small, "conv", 2.0), (large, "linear", 1.9), (large, "conv", 2.6))
@@ -111,15 +113,19 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 def claims(folder: Path) -> list[Claim]:
     """All of them. Raises ``MixDQError`` for files that are none of ours."""
 
-    def read(name: str) -> dict | None:
+    def read(name: str, found_in: Callable[[dict | None], Iterator[Claim]]) -> list[Claim]:
         path = folder / name
-        return parse_json(path, "", read_text(path)) if path.exists() else None
+        content = parse_json(path, "", read_text(path)) if path.exists() else None
+        try:
+            return list(found_in(content))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(path, "", f"must be what benchmarks/{path.stem}.py writes ({error!r})") from error
 
     benches = {path.stem.removeprefix("bench_"): Results.read(path) for path in sorted(folder.glob("bench_*.json"))}
     return [
-        *kernel_claims(read("kernels.json")),
+        *read("kernels.json", kernel_claims),
         *unet_claims(benches),
-        *sensitivity_claims(read("sensitivity.json")),
+        *read("sensitivity.json", sensitivity_claims),
     ]
 
 
@@ -139,11 +145,16 @@ def _number(value: float) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder with the JSON files of the benchmarks.")] = RESULTS,
+    results: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with the JSON files of the benchmarks.")
+    ] = RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare results on a GPU with the project's goals; ends with 1 where one that was measured is not reached."""
-    found = claims(results)
+    try:
+        found = claims(results)
+    except MixDQError as error:
+        raise SystemExit(f"error: {error}") from None
     if as_json:
         print(json.dumps([{**vars(c), "holds": c.holds} for c in found], indent=1))
     else:

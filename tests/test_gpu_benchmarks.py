@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -203,6 +204,34 @@ def test_sums_of_a_step():
     assert sums["all"]["fp16_ms"] == 0.4 and sums["all"]["w4a8_ms"] == pytest.approx(0.18)
 
 
+def test_a_part_of_a_step_has_no_sums(tmp_path, monkeypatch):
+    """What is saved between two layers: linear layers come first, and convolutions there are none then."""
+    first, second = list(kernels.CASES)[:2]
+    whole, times = len(kernels.layers(*kernels.CASES[first])), []
+
+    def time_layer(bench, layer, in_time):
+        times.append(layer)
+        if len(times) == whole + 3:
+            raise KeyboardInterrupt
+        return {"us": {"fp16": 2.0, "w8a8": 1.0}, "sm80_kernel": None}
+
+    monkeypatch.setattr(gpu, "SAVE_SECONDS", 0.0)
+    for name, stand_in in (
+        ("require_gpu", lambda: None),
+        ("environment", lambda: {"gpu": "none"}),
+        ("Bench", lambda: SimpleNamespace(warm_up=lambda: None)),
+        ("quantizers", lambda bench: []),
+        ("time_layer", time_layer),
+    ):
+        monkeypatch.setattr(kernels, name, stand_in)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main(tmp_path / "kernels.json")
+    cases = json.loads((tmp_path / "kernels.json").read_text())["cases"]
+    assert cases[first]["sums"]["conv"]["w8a8_over_fp16"] == 2
+    assert cases[second]["layers"] and not cases[second]["sums"]
+    assert goals(tmp_path)[f"linear layers, W8A8, over fp16, {first}"].measured == 2
+
+
 def test_sums_of_the_attention_of_a_step():
     rows = [
         {"count": 10, "us": {"flash": 20.0, "cudnn": 10.0, attention.TORCH: 10.0}, "auto": "cudnn"},
@@ -353,6 +382,23 @@ def goals(folder: Path) -> dict[str, claims.Claim]:
 def test_goals_of_which_nothing_was_measured(tmp_path):
     found = goals(tmp_path)
     assert len(found) > 20 and {c.holds for c in found.values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("kernels.json", "{}"),
+        ("kernels.json", "[]"),
+        ("kernels.json", '{"cases": {"512 px, batch 1": {"sums": {"all": {}}, "layers": []}}}'),
+        ("kernels.json", '{"cases": {'),
+        ("sensitivity.json", '{"processes": {"1": {"cheap": {"estimated_s": {}}}}, "layers_per_s": {}}'),
+        ("bench_cold.json", "{}"),
+    ],
+)
+def test_goals_of_files_that_no_benchmark_wrote(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=rf"error: .*{name}.*must be"):
+        claims.main(tmp_path)
 
 
 def test_goals_and_what_was_measured(tmp_path):
