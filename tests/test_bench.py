@@ -19,7 +19,7 @@ from expecttest import assert_expected_inline
 from original import TINY_CONFIG
 from typer.testing import CliRunner
 
-from mixdq_ao import MixDQError, MixDQTensor, families
+from mixdq_ao import MixDQConfig, MixDQError, MixDQTensor, families, quantize_
 from mixdq_ao.bench import Results, Row, inputs, models, results, run, run_bench, table, timing, tracing, variants
 from mixdq_ao.bench.plot import write_plot
 from mixdq_ao.bench.timing import Times
@@ -339,6 +339,10 @@ def test_stored_models(tmp_path):
     folder = models.find_model(str(tmp_path / "unet"))
     again = folder.build(torch.float32, CPU)
     assert folder.latent_scale == 8 and torch.equal(unet.conv_in.weight, again.conv_in.weight)
+    quantize_(unet, MixDQConfig())
+    unet.save_pretrained(tmp_path / "quantized")
+    with pytest.raises(MixDQError, match="is quantized already. Give the floating model"):
+        models.find_model(str(tmp_path / "quantized"))
     with pytest.raises(MixDQError, match="tiny-sdxl has weights for all"):
         models.find_model("tiny-sdxl", layers=1)
     (tmp_path / "other").mkdir()

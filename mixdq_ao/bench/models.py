@@ -135,6 +135,8 @@ def _stored(name: str, where: str | os.PathLike) -> Source:
             f"{name}: not '{SDXL}', '{TINY}' or a config.json, and no diffusers pipeline or UNet on this machine. Give "
             "a folder, or download it first: huggingface-cli download <name>"
         )
+    if "quantization_config" in config:
+        raise MixDQError(f"{name}: is quantized already. Give the floating model: each variant quantizes it anew")
     model_class = _model_class(config, name)
     subfolder = {"subfolder": part} if in_pipeline else {}
 
