@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
     parser.add_argument("--size", type=int, default=512, help="pixels of a side")
     parser.add_argument("--small", action="store_true", help="a small UNet, to try the script")
-    parser.add_argument("--work", type=Path, help="folder that all processes share; a new one by default")
+    parser.add_argument("--work", type=Path, help="folder that all processes share, for a new one in it")
     parser.add_argument("--out", type=Path, help="JSON file to write, or to add to")
     args = parser.parse_args()
 
@@ -155,7 +155,8 @@ def main() -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     device, rank = state.device, state.process_index
     report = Report(args.out, state.num_processes, rank)
-    work = args.work or Path(tempfile.gettempdir()) / f"sensitivity-{state.num_processes}"
+    # A folder of its own in it, for it is emptied.
+    work = (args.work or Path(tempfile.gettempdir())) / f"sensitivity-{state.num_processes}"
     if rank == 0:
         print(f"{time.perf_counter() - START:7.1f} s  started {state.num_processes} on {device}", flush=True)
         shutil.rmtree(work, ignore_errors=True)
