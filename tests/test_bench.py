@@ -129,8 +129,10 @@ def test_variants_in_processes_of_their_own(config, tmp_path, capfd):
 
 
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
 from mixdq_ao.bench import run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def measure(*args):
     print("at work", flush=True)
