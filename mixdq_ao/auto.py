@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -179,8 +180,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise MixDQError(f"{folder}: another process is at work in this folder; wait, or give another") from None
-    except NotImplementedError:
-        pass  # a file system without locks: as if there were nobody
+    except (NotImplementedError, OSError) as error:
+        # Some file systems have none; who works there alone needs none.
+        warnings.warn(f"{folder}: other processes are not kept out, for want of a lock: {error}", stacklevel=2)
     try:
         yield
     finally:

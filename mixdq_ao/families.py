@@ -102,15 +102,15 @@ def siblings_of(model: nn.Module) -> list[dict[str, nn.Module]]:
     for name, layer in sorted(layers_of(model).items(), key=lambda item: _stage(item[0])):
         for pattern, in_block in patterns:
             match = re.search(pattern, name)
-            if match and isinstance(layer, nn.Linear) and not (in_block and _reads_what_all_read(model, name)):
+            if match and isinstance(layer, nn.Linear) and not (in_block and _is_of_cross_attention(model, name)):
                 sets.setdefault((pattern, name[: match.start()] if in_block else ""), {})[name] = layer
     return list(sets.values())
 
 
-def _reads_what_all_read(model: nn.Module, name: str) -> bool:
-    """Whether a layer of a block's first attention reads the text, as in blocks with nothing but cross-attention.
+def _is_of_cross_attention(model: nn.Module, name: str) -> bool:
+    """Whether layer ``name`` belongs to an attention that reads the text, as a block's first one may.
 
-    Those of two blocks would have one number for two ranges, and so one quantizer.
+    All blocks read one text: numbered within each block, two ranges would have one number, and so one quantizer.
     """
     return getattr(model.get_submodule(name.rpartition(".")[0]), "is_cross_attention", False)
 

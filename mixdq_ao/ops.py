@@ -490,7 +490,7 @@ def _(x, qdata, scale, bias, stride, pad, dilation, bits, input_groups):
     return _empty_image(_conv_output_shape(padded, qdata, stride, (0, 0), dilation), x.dtype, x.device)
 
 
-# --- what there is no formula for -------------------------------------------------------------------------------------
+# --- gradients, which there are none of -------------------------------------------------------------------------------
 
 
 @define("no_backward(Tensor grad, SymInt[] shape) -> Tensor")

@@ -1,5 +1,6 @@
 """The whole method in one call, stopped wherever it can be."""
 
+import errno
 import json
 import math
 import os
@@ -230,6 +231,15 @@ def test_one_process_at_a_time(tmp_path):
         process.wait()
         process.stdout.close()
     with _alone_in(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def fail(self, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mixdq_ao.auto.FileLock.acquire", fail)
+    with pytest.warns(UserWarning, match="not kept out, for want of a lock: .*No locks"), _alone_in(tmp_path):
         pass
 
 
