@@ -65,7 +65,7 @@ class Kernel:
 
 KERNELS = [
     *(Kernel(f"sm90_{tile}") for tile in ("256x128", "128x160", "128x128", "64x160")),
-    *(Kernel(f"sm90_{tile}", 8) for tile in ("64x80", "128x64", "64x64")),
+    *(Kernel(f"sm90_{tile}", 8) for tile in ("64x80", "128x64", "64x64", "128x16")),
     *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
     Kernel("sm90_128x128_floating"),

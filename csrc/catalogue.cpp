@@ -162,6 +162,7 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x80", "sm90", 64, 80, 1, 8, false},
       {"sm90_128x64", "sm90", 128, 64, 1, 8, false},
       {"sm90_64x64", "sm90", 64, 64, 1, 8, false},
+      {"sm90_128x16", "sm90", 128, 16, 1, 8, false},
       {"sm90_128x160_packed", "sm90", 128, 160, 2, 1, true},
       {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},
       {"sm90_64x80_packed", "sm90", 64, 80, 1, 8, true},

@@ -1,6 +1,8 @@
 // From the sums of a tile to its outputs.
 #pragma once
 #include <cooperative_groups.h>
+#include "cute/arch/copy_sm90.hpp"
+#include "cute/arch/copy_sm90_tma.hpp"
 #include "sm90/halves.cuh"
 #include "sm90/multiply.cuh"
 
@@ -9,23 +11,40 @@ namespace mixdq::sm90 {
 // What the epilogue needs of each column of a tile, in shared memory.
 template <class C>
 struct Columns {
-  float* alpha;
-  float* offset;
+  float2* scale;  // alpha, offset
   int* weight_sum;
   __device__ explicit Columns(float* v)
-      : alpha(v), offset(v + C::kTileN), weight_sum(reinterpret_cast<int*>(v + 2 * C::kTileN)) {}
-  __device__ void fill(const Weight& w, int n0, int thread, int threads) const {
-    for (int i = thread; i < C::kTileN; i += threads) {
-      ChannelEpilogue c = n0 + i < w.n ? channel_epilogue(w, n0 + i) : ChannelEpilogue{0.f, 0.f, 0};
-      alpha[i] = c.alpha, offset[i] = c.offset, weight_sum[i] = c.weight_sum;
+      : scale(reinterpret_cast<float2*>(v)), weight_sum(reinterpret_cast<int*>(v + 2 * C::kTileN)) {}
+  __device__ ChannelEpilogue operator[](int i) const { return {scale[i].x, scale[i].y, weight_sum[i]}; }
+  // Columns i and i + 1, for an even i.
+  __device__ __forceinline__ void pair(int i, bool dynamic, ChannelEpilogue (&c)[2]) const {
+    float4 s = *reinterpret_cast<const float4*>(scale + i);
+    int2 w = dynamic ? *reinterpret_cast<const int2*>(weight_sum + i) : int2{0, 0};
+    c[0] = {s.x, s.y, w.x}, c[1] = {s.z, s.w, w.y};
+  }
+};
+
+// A thread's share of them on the way there: asked for before a tile is multiplied, and there afterwards.
+template <class C>
+struct ColumnLoads {
+  static constexpr int kEach = (C::kTileN + kGroup - 1) / kGroup;
+  ChannelEpilogue values[kEach];
+
+  __device__ __forceinline__ void load(const Weight& w, int n0) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x % kGroup + e * kGroup;
+      values[e] = i < C::kTileN && n0 + i < w.n ? channel_epilogue(w, n0 + i) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
-  __device__ ChannelEpilogue operator[](int i) const { return {alpha[i], offset[i], weight_sum[i]}; }
-  // Columns i and i + 1, for an even i.
-  __device__ void pair(int i, ChannelEpilogue (&c)[2]) const {
-    float2 a = *reinterpret_cast<const float2*>(alpha + i), o = *reinterpret_cast<const float2*>(offset + i);
-    int2 w = *reinterpret_cast<const int2*>(weight_sum + i);
-    c[0] = {a.x, o.x, w.x}, c[1] = {a.y, o.y, w.y};
+  __device__ __forceinline__ void store(const Columns<C>& to) const {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x % kGroup + e * kGroup;
+      if (i >= C::kTileN) continue;
+      to.scale[i] = {values[e].alpha, values[e].offset};
+      to.weight_sum[i] = values[e].weight_sum;
+    }
   }
 };
 
@@ -80,159 +99,215 @@ __device__ __forceinline__ void store8(uint16_t* to, uint4 v, int count, bool al
   }
 }
 
-// Where a warp's staging rows hold a piece that begins with column c.
-template <class Piece, class C>
-__device__ __forceinline__ Piece& staged(uint8_t* staging, int row, int c) {
-  return *reinterpret_cast<Piece*>(staging + row * C::kStagingRow + c * 2);
-}
+// The rows of a tile that a math warp has in its registers, one behind the other.
+//
+// A thread has two columns in every eight of the rows (i, h): of block i, and there of half h of the warp's 16 rows.
+// input_descriptor() makes the blocks' rows alternate in eights.
+template <class C>
+struct WarpTile {
+  int lane, row0, columns;  // row0: of the output; columns: of the weight, from the tile's first on
+  int64_t column;           // of the output
 
-// Calls move(row, column, piece) for what exists of the 16 rows and kChunk columns of 16-bit values that a warp stages:
-// in pieces of 16 bytes, or one by one where rows are not aligned to them.
-template <class C, class Move>
-__device__ __forceinline__ void move_rows(int lane, int rows, int columns, bool aligned, Move move) {
-  if (aligned) {
-    constexpr int kPieces = C::kChunk / 8;
-#pragma unroll
-    for (int v = lane; v < 16 * kPieces; v += 32) {
-      int row = v / kPieces, c = v % kPieces * 8;
-      if (row < rows && c < columns) move(row, c, uint4{});
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int v = lane; v < 16 * C::kChunk; v += 32) {
-    int row = v / C::kChunk, c = v % C::kChunk;
-    if (row < rows && c < columns) move(row, c, uint16_t{});
-  }
-}
+  __device__ WarpTile(const Params& p, const Tile& t, int group_row)
+      : lane(threadIdx.x % 32),
+        row0(t.m0 + group_row + int(threadIdx.x % kGroup / 32) * C::kWarpRows),
+        columns(p.weights[t.weight].n - t.n0),
+        column(p.column[t.weight] + t.n0) {}
+  __device__ static int row(int in_eight, int i, int h) { return (h * C::kBlocksM + i) * 8 + in_eight; }
+  __device__ int64_t m(int i, int h) const { return int64_t(row0) + row(lane / 4, i, h); }
+};
 
-// The residual of 16-bit outputs: none; of their type, read by way of the staging rows; or float32.
-enum class Residual { none, staged, wide };
+// 16-bit residuals of kColumns columns, as the sums lie in the registers.
+template <class C, int kColumns>
+struct Residuals {
+  uint32_t pairs[C::kBlocksM][kColumns / 8][2];
 
-// 16-bit outputs of a math group from its registers, through the staging rows of each warp. All that could vary between
-// launches is a parameter of the template: a branch in here would be repeated for each of up to 80 pairs of registers,
-// and the code of one tile would not fit the instruction cache.
-template <class C, Float kType, Residual kResidual, bool kDynamic>
-__device__ __forceinline__ void write_half(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
-                                           const Sums<C>& sums, uint8_t* staging) {
-  constexpr int kPieces = C::kChunk / 8;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
-  const int columns_left = p.weights[t.weight].n - t.n0;
-  const int64_t column = p.column[t.weight] + t.n0;
-  auto* out = static_cast<uint16_t*>(p.out) + column;
-  auto* residual = static_cast<const uint16_t*>(p.residual) + column;
+  __device__ __forceinline__ void load(const Params& p, const WarpTile<C>& at, int first) {
+    auto* from = static_cast<const uint16_t*>(p.residual) + at.column + first + at.lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < C::kBlocksM; ++i) {
-    const int64_t m0 = int64_t(t.m0) + row0 + i * 64 + warp * 16;
-    const int rows_left = int(p.m - m0);
-    Row rows[2];
-    const float* wide[2];
+    for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t m = m0 + lane / 4 + h * 8;
-      if (kDynamic) rows[h] = row_of(p, m);
-      // A row past the end reads what the last one reads, and is not written.
-      if (kResidual == Residual::wide) {
-        wide[h] = static_cast<const float*>(p.residual) + column + residual_row(p, m < p.m ? m : p.m - 1);
+      for (int h = 0; h < 2; ++h) {
+        const int64_t m = at.m(i, h);  // a row past the end reads what the last one reads, and is not written
+        const uint16_t* row = from + residual_row(p, m < p.m ? m : p.m - 1);
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; ++j) {
+          const bool there = first + j * 8 < at.columns;  // with bulk_out there are whole eights
+          pairs[i][j][h] = there ? *reinterpret_cast<const uint32_t*>(row + j * 8) : 0;
+        }
       }
     }
+  }
+};
+
+// Those of a tile whose sums leave registers free come before it is multiplied; else they come chunk by chunk.
+template <class C>
+constexpr bool kEarlyResiduals = C::kBlocksM * C::kTileN <= 160;
+
+template <class C>
+using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
+
+// Two buffers of a warp in shared memory, which take turns: kChunk columns of its rows, as the tensor map of the output
+// has them, from where a bulk copy takes them away.
+template <class C>
+struct Staging {
+  uint8_t* memory;
+  int turn = 0;
+
+  __device__ __forceinline__ uint8_t* next() {
+    turn ^= 1;
+    if (threadIdx.x % 32 == 0) cute::tma_store_wait<1>();  // what was in this one has been read
+    __syncwarp();
+    return memory + turn * C::kBufferBytes;
+  }
+  __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
+                                       int c0) {
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (at.lane == 0) {
+      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c0) * 2, at.row0);
+      cute::tma_store_arrive();
+    }
+  }
+  // Shared memory must outlive what is still to be read there.
+  __device__ __forceinline__ void finish() const {
+    if (threadIdx.x % 32 == 0) cute::tma_store_wait<0>();
+  }
+};
+
+// 16-bit outputs. All that could vary between launches is a parameter of the template: a branch in here would be
+// repeated for each of up to 80 pairs of registers, and long code does not stay in the instruction cache.
+template <class C, Float kType, bool kResidual, bool kDynamic>
+__device__ __forceinline__ void write_half(const Params& p, const Tile& t, const WarpTile<C>& at,
+                                           const Columns<C>& columns, const Sums<C>& sums,
+                                           const EarlyResiduals<C>& early, Staging<C>& staging) {
+  constexpr int kPitch = C::kChunk * 2;
+  const int lane = at.lane;
+  Row rows[C::kBlocksM][2];
+  if (kDynamic) {
 #pragma unroll
-    for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
-      if (kResidual == Residual::staged) {
-        move_rows<C>(lane, rows_left, columns_left - c0, p.residual_aligned, [&](int row, int c, auto piece) {
-          using Piece = decltype(piece);
-          const uint16_t* from = residual + residual_row(p, m0 + row) + c0 + c;
-          staged<Piece, C>(staging, row, c) = *reinterpret_cast<const Piece*>(from);
-        });
-        __syncwarp();
-      }
+    for (int i = 0; i < C::kBlocksM; ++i) rows[i][0] = row_of(p, at.m(i, 0)), rows[i][1] = row_of(p, at.m(i, 1));
+  }
+  // The row that this lane names of stmatrix's four matrices, which are both halves of eight columns, then of the next.
+  const int my_row = WarpTile<C>::row(lane % 8, 0, lane / 8 % 2);
+  const int swizzle = C::kChunk == 32 ? my_row >> 1 & 3 : my_row >> 2 & 1;
+  const int place = my_row * kPitch + ((lane / 16 ^ swizzle) << 4);
 #pragma unroll
-      for (int j = c0 / 8; j < (c0 + C::kChunk) / 8; ++j) {
-        const int c = j * 8 + lane % 4 * 2;
-        ChannelEpilogue channels[2];
-        columns.pair(c, channels);
+  for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
+    if (c0 >= at.columns) break;
+    Residuals<C, C::kChunk> late;
+    if (kResidual && !kEarlyResiduals<C>) late.load(p, at, c0);
+    uint8_t* buffer = staging.next();
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          auto& place = staged<uint32_t, C>(staging, lane / 4 + h * 8, c - c0);
-          float x = finish<C>(p, sums[i][j * 4 + h * 2], channels[0], kDynamic, rows[h]);
-          float y = finish<C>(p, sums[i][j * 4 + h * 2 + 1], channels[1], kDynamic, rows[h]);
-          if (kResidual == Residual::staged) {
-            float2 r = unpack2(kType, place);
+    for (int c = 0; c < C::kChunk; c += 16) {
+      ChannelEpilogue channels[2][2];
+      columns.pair(c0 + c + lane % 4 * 2, kDynamic, channels[0]);
+      columns.pair(c0 + c + 8 + lane % 4 * 2, kDynamic, channels[1]);
+#pragma unroll
+      for (int i = 0; i < C::kBlocksM; ++i) {
+        uint32_t out[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int j = c / 8 + e / 2, h = e % 2, from = (c0 / 8 + j) * 4 + h * 2;
+          float x = finish<C>(p, sums[i][from], channels[e / 2][0], kDynamic, rows[i][h]);
+          float y = finish<C>(p, sums[i][from + 1], channels[e / 2][1], kDynamic, rows[i][h]);
+          if constexpr (kResidual) {
+            uint32_t pair;
+            if constexpr (kEarlyResiduals<C>) {
+              pair = early.pairs[i][c0 / 8 + j][h];
+            } else {
+              pair = late.pairs[i][j][h];
+            }
+            float2 r = unpack2(kType, pair);
             x += r.x, y += r.y;
-          } else if (kResidual == Residual::wide) {
-            if (c < columns_left) x += wide[h][c];
-            if (c + 1 < columns_left) y += wide[h][c + 1];
           }
-          place = pack2(kType, x, y);
+          out[e] = pack2(kType, x, y);
         }
+        uint8_t* to = buffer + (place ^ c * 2) + i * 8 * kPitch;
+        cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
-      __syncwarp();
-      move_rows<C>(lane, rows_left, columns_left - c0, p.out_aligned, [&](int row, int c, auto piece) {
-        using Piece = decltype(piece);
-        *reinterpret_cast<Piece*>(out + (m0 + row) * p.out_stride + c0 + c) = staged<Piece, C>(staging, row, c);
-      });
-      __syncwarp();
     }
+    staging.send(p, t, at, buffer, c0);
   }
 }
 
-// float32 outputs: a quad of threads writes 32 bytes of a row, so nothing is staged.
+// What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of both
+// buffers.
 template <class C, bool kDynamic>
-__device__ __forceinline__ void write_float(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
-                                            const Sums<C>& sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroup / 32;
-  const int columns_left = p.weights[t.weight].n - t.n0;
-  const int64_t column = p.column[t.weight] + t.n0;
+__device__ __forceinline__ void write_any(const Params& p, const WarpTile<C>& at, const Columns<C>& columns,
+                                          const Sums<C>& sums, uint8_t* staging) {
+  auto* values = reinterpret_cast<float*>(staging);
+  const int lane = at.lane;
 #pragma unroll
-  for (int i = 0; i < C::kBlocksM; ++i) {
+  for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
+    __syncwarp();  // all have read the chunk before
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t m = int64_t(t.m0) + row0 + i * 64 + warp * 16 + h * 8 + lane / 4;
-      Row row;
-      if (kDynamic) row = row_of(p, m);
-      float* out = static_cast<float*>(p.out) + m * p.out_stride + column;
-      const float* residual = static_cast<const float*>(p.residual) + residual_row(p, m) + column;
+    for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
-      for (int j = 0; j < C::kTileN / 8; ++j) {
+      for (int h = 0; h < 2; ++h) {
+        Row row;
+        if (kDynamic) row = row_of(p, at.m(i, h));
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = j * 8 + lane % 4 * 2 + e;
-          if (m >= p.m || c >= columns_left) continue;
-          float y = finish<C>(p, sums[i][j * 4 + h * 2 + e], columns[c], kDynamic, row);
-          out[c] = p.residual ? y + residual[c] : y;
+        for (int j = 0; j < C::kChunk / 8; ++j) {
+          const int c = j * 8 + lane % 4 * 2, from = (c0 / 8 + j) * 4 + h * 2;
+          ChannelEpilogue channels[2];
+          columns.pair(c0 + c, kDynamic, channels);
+          float2 v = {finish<C>(p, sums[i][from], channels[0], kDynamic, row),
+                      finish<C>(p, sums[i][from + 1], channels[1], kDynamic, row)};
+          *reinterpret_cast<float2*>(values + WarpTile<C>::row(lane / 4, i, h) * C::kChunk + c) = v;
         }
       }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int v = lane; v < C::kWarpRows * C::kChunk; v += 32) {
+      const int c = c0 + v % C::kChunk;
+      const int64_t m = int64_t(at.row0) + v / C::kChunk;
+      if (m >= p.m || c >= at.columns) continue;
+      float y = values[v];
+      if (p.residual) y += load_float(p.residual, p.residual_type, residual_row(p, m) + at.column + c);
+      store_float(p.out, p.out_type, m * p.out_stride + at.column + c, y);
     }
   }
 }
 
-// Picks the instance for the residual of this launch; write_tile picks the one for its output type.
 template <class C, Float kType, bool kDynamic>
-__device__ __forceinline__ void write_half_of(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
-                                                const Sums<C>& sums, uint8_t* staging) {
-  if (!p.residual) {
-    write_half<C, kType, Residual::none, kDynamic>(p, t, row0, columns, sums, staging);
-  } else if (p.residual_type != Float::f32) {
-    write_half<C, kType, Residual::staged, kDynamic>(p, t, row0, columns, sums, staging);
+__device__ __forceinline__ void write_half_of(const Params& p, const Tile& t, const WarpTile<C>& at,
+                                              const Columns<C>& columns, const Sums<C>& sums,
+                                              const EarlyResiduals<C>& early, Staging<C>& staging) {
+  if (p.residual) {
+    write_half<C, kType, true, kDynamic>(p, t, at, columns, sums, early, staging);
   } else {
-    write_half<C, kType, Residual::wide, kDynamic>(p, t, row0, columns, sums, staging);
+    write_half<C, kType, false, kDynamic>(p, t, at, columns, sums, early, staging);
   }
 }
 
 template <class C, bool kDynamic>
-__device__ __forceinline__ void write_tile(const Params& p, const Tile& t, int row0, const Columns<C>& columns,
-                                           const Sums<C>& sums, uint8_t* staging) {
-  if (p.out_type == Float::f16) {
-    write_half_of<C, Float::f16, kDynamic>(p, t, row0, columns, sums, staging);
-  } else if (p.out_type == Float::bf16) {
-    write_half_of<C, Float::bf16, kDynamic>(p, t, row0, columns, sums, staging);
+__device__ __forceinline__ void write_tile_of(const Params& p, const Tile& t, const WarpTile<C>& at,
+                                              const Columns<C>& columns, const Sums<C>& sums,
+                                              const EarlyResiduals<C>& early, Staging<C>& staging) {
+  if (!p.bulk_out) {
+    write_any<C, kDynamic>(p, at, columns, sums, staging.memory);
+  } else if (p.out_type == Float::f16) {
+    write_half_of<C, Float::f16, kDynamic>(p, t, at, columns, sums, early, staging);
   } else {
-    write_float<C, kDynamic>(p, t, row0, columns, sums);
+    write_half_of<C, Float::bf16, kDynamic>(p, t, at, columns, sums, early, staging);
   }
 }
 
-// Outputs of a single tile, whose sums lie in the shared memory of the blocks of the cluster: each block adds up and
-// writes its share of the rows.
+template <class C>
+__device__ __forceinline__ void write_tile(const Params& p, const Tile& t, const WarpTile<C>& at,
+                                           const Columns<C>& columns, const Sums<C>& sums,
+                                           const EarlyResiduals<C>& early, Staging<C>& staging) {
+  if (C::Math::kBytes == 1 && p.row_scale) {  // floating activations have no scales
+    write_tile_of<C, true>(p, t, at, columns, sums, early, staging);
+  } else {
+    write_tile_of<C, false>(p, t, at, columns, sums, early, staging);
+  }
+}
+
+// Outputs of a tile whose reduction was split: its sums lie in the shared memory of the blocks of the cluster, and each
+// block adds up and writes its share of the rows.
 template <class C>
 __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& sm, const Tile& t, int rank) {
   namespace cg = cooperative_groups;
@@ -246,11 +321,10 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     using Sum = typename C::Math::Sum;
     Sum sums[8] = {};
     for (int block = 0; block < p.splits; ++block) {
-      Sum* from = sm.sums() + row * C::kSumsRow + c;
-      if (p.splits > 1) from = cg::this_cluster().map_shared_rank(from, block);
+      const Sum* from = cg::this_cluster().map_shared_rank(sm.sums() + row * C::kSumsRow + c, block);
       alignas(16) Sum part[8];
-      reinterpret_cast<uint4*>(part)[0] = reinterpret_cast<uint4*>(from)[0];
-      reinterpret_cast<uint4*>(part)[1] = reinterpret_cast<uint4*>(from)[1];
+      reinterpret_cast<uint4*>(part)[0] = reinterpret_cast<const uint4*>(from)[0];
+      reinterpret_cast<uint4*>(part)[1] = reinterpret_cast<const uint4*>(from)[1];
 #pragma unroll
       for (int e = 0; e < 8; ++e) sums[e] += part[e];
     }

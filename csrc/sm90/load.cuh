@@ -61,15 +61,28 @@ __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm,
                                       from.image, dx, dy);
 }
 
+// Brings what the stages do not hold of the first tile's weights to the L2 cache; tiles of the same columns share that.
+template <class C>
+__device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t, Step step, int count) {
+  const int width = C::packed ? p.packed_tile : kRowBytes, mine = t.m0 / C::kTileM;
+  for (int i = 0; i < count; ++i, step.next(p)) {
+    if (i % p.tiles_m != mine) continue;
+    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap, t.n0);
+  }
+}
+
 // One thread.
 template <class C>
 __device__ void produce(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, Reduction r) {
-  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.input));
   Tile t = locate<C>(p, first);
+  for (const CUtensorMap* map : {&p.input, &p.out_maps[t.weight]}) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+  }
   const int ahead = min(C::kStages, r.count);
   const Step begin(p, r.begin);
   Step early = begin;
   for (int i = 0; i < ahead; ++i, early.next(p)) load_weight(p, sm, i, t, early);
+  prefetch_weights<C>(p, t, early, r.count - ahead);
   wait_for_previous();
   let_next_start();  // its weights may come while this one multiplies
   Turn<C> turn;

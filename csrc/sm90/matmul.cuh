@@ -12,6 +12,7 @@
 // byte, so sums come out 16 or 64 times too large, within the range of int8 sums, and are shifted back exactly. Where
 // activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
 #pragma once
+#include <cstddef>
 #include "cute/arch/cluster_sm90.hpp"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/cutlass.h"
@@ -39,6 +40,16 @@ __device__ __forceinline__ void start_barriers(const Shared<C>& sm) {
   __syncthreads();
 }
 
+// Each launch begins with a cold cache of parameters: what the epilogue will want of them comes now, while the kernel
+// ahead still runs.
+__device__ __forceinline__ void warm_parameters(const Params& p) {
+  constexpr int kLine = 64 / sizeof(int);
+  const int* words = reinterpret_cast<const int*>(&p.weights);
+  constexpr int kWords = (sizeof(Params) - offsetof(Params, weights)) / sizeof(int);
+#pragma unroll
+  for (int i = 0; i < kWords; i += kLine) asm volatile("" ::"r"(words[i]));
+}
+
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;
@@ -50,6 +61,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
   const Reduction r = {p.k_tiles * rank / p.splits, p.k_tiles * (rank + 1) / p.splits - p.k_tiles * rank / p.splits};
   const int thread = threadIdx.x % kGroup, warp = cutlass::canonical_warp_idx_sync();
   const Tile t = locate<C>(p, index);
+  const Columns<C> columns(sm.vectors(0));
   if (warp < kGroup / 32) {
     if (warp == 0) {
       if (cute::elect_one_sync()) produce(p, sm, index, 1, index + 1, r);
@@ -59,18 +71,30 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     __syncwarp();
     wait_for_previous();
   } else {
+    warm_parameters(p);
     wait_for_previous();
-    Columns<C>(sm.vectors(0)).fill(p.weights[t.weight], t.n0, thread, kGroup);
+    ColumnLoads<C> loads;
+    loads.load(p.weights[t.weight], t.n0);
+    const WarpTile<C> at(p, t, 0);
+    EarlyResiduals<C> residuals;
+    if (kEarlyResiduals<C> && p.bulk_out && p.residual && p.splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
     multiply(sm, turn, r.count, 0, sums);
-    sync_group(0);  // every warp is done with the stages
+    loads.store(columns);
+    sync_group(0);  // and every warp is done with the stages
+    if (p.splits == 1) {
+      Staging<C> staging{sm.staging(thread / 32)};
+      write_tile<C>(p, t, at, columns, sums, residuals, staging);
+      staging.finish();
+      return;
+    }
     const int lane = thread % 32;
 #pragma unroll
     for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        auto* row = sm.sums() + (i * 64 + thread / 32 * 16 + h * 8 + lane / 4) * C::kSumsRow + lane % 4 * 2;
+        auto* row = sm.sums() + (thread / 32 * C::kWarpRows + WarpTile<C>::row(lane / 4, i, h)) * C::kSumsRow + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < C::kTileN / 8; ++j) {
           Pair<typename C::Math::Sum> pair = {sums[i][j * 4 + h * 2], sums[i][j * 4 + h * 2 + 1]};
@@ -79,17 +103,12 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
       }
     }
   }
-  if (p.splits > 1) {
-    cooperative_groups::this_cluster().sync();
-  } else {
-    __syncthreads();
-  }
+  if (p.splits == 1) return;
+  cooperative_groups::this_cluster().sync();
   write_shared<C>(p, sm, t, rank);
-  if (p.splits > 1) {  // others may still read this block's sums; what it wrote need not have arrived
-    __syncwarp();
-    cute::cluster_arrive_relaxed();
-    cute::cluster_wait();
-  }
+  __syncwarp();  // others may still read this block's sums; what it wrote need not have arrived
+  cute::cluster_arrive_relaxed();
+  cute::cluster_wait();
 }
 
 template <class C>
@@ -107,11 +126,12 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<232>();
+  warm_parameters(p);
   wait_for_previous();
   const int group = warp / (kGroup / 32) - 1;
   const int row0 = C::turns == Turns::cooperative ? group * C::kBlocksM * 64 : 0;
   const Columns<C> columns(sm.vectors(group));
-  uint8_t* staging = sm.staging(group * 4 + threadIdx.x % kGroup / 32);
+  Staging<C> staging{sm.staging(group * 4 + threadIdx.x % kGroup / 32)};
   Turn<C> turn;
   int mine = C::turns == Turns::ping_pong ? group : 0;  // tiles until this group's next turn
   for (int index = blockIdx.x; index < tiles; index += stride) {
@@ -121,19 +141,21 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     }
     if (C::turns == Turns::ping_pong) mine = 1;
     const Tile t = locate<C>(p, index);
-    sync_group(group);  // every warp is done with the columns of the tile before
-    columns.fill(p.weights[t.weight], t.n0, threadIdx.x % kGroup, kGroup);
-    sync_group(group);
+    ColumnLoads<C> loads;
+    loads.load(p.weights[t.weight], t.n0);
+    const WarpTile<C> at(p, t, row0);
+    EarlyResiduals<C> residuals;
+    if (kEarlyResiduals<C> && p.bulk_out && p.residual) residuals.load(p, at, 0);
     Sums<C> sums;
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
     multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
-    if (C::Math::kBytes == 1 && p.row_scale) {  // floating activations have no scales
-      write_tile<C, true>(p, t, row0, columns, sums, staging);
-    } else {
-      write_tile<C, false>(p, t, row0, columns, sums, staging);
-    }
+    sync_group(group);  // every warp is done with the columns of the tile before
+    loads.store(columns);
+    sync_group(group);
+    write_tile<C>(p, t, at, columns, sums, residuals, staging);
   }
+  staging.finish();
 }
 
 template <class C>
@@ -188,6 +210,13 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   };
   p.out_aligned = aligned(p.out, p.out_stride);
   p.residual_aligned = aligned(p.residual, p.residual_stride);
+  p.bulk_out = element == 2 && p.out_aligned;
+  if (p.residual) p.bulk_out &= p.residual_aligned && p.residual_type == p.out_type;
+  for (int i = 0; p.bulk_out && i < problem.weight_count; ++i) {
+    if (out_map(problem, p.column[i], p.weights[i], C::kWarpRows, C::kChunk, &p.out_maps[i]) != CUDA_SUCCESS) {
+      return cudaErrorInvalidValue;
+    }
+  }
 
   static bool ready[64] = {};  // by device; setting it twice does no harm
   if (!ready[on.device % 64]) {

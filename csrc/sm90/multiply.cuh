@@ -17,6 +17,13 @@ __device__ __forceinline__ void fence_sums(Sums<C>& sums) {
   }
 }
 
+// Two blocks of 64 rows take eight rows each in turn. A warp, which has 16 rows of each block, so has 32 rows of the tile
+// that follow one another, and its outputs leave in one piece.
+template <class C>
+__device__ __forceinline__ uint64_t input_descriptor(const uint8_t* tile) {
+  return tile_descriptor(cute::cast_smem_ptr_to_uint(tile), C::kBlocksM);
+}
+
 template <class C>
 __device__ __forceinline__ void release(const Shared<C>& sm, int stage) {
   if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(sm.empty(stage));
@@ -36,15 +43,15 @@ __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int
   int before = 0;
   for (int k = 0; k < count; ++k) {
     FullBarrier::wait(sm.full(turn.stage), turn.phase);
-    uint64_t a = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.input(turn.stage) + row0 * kRowBytes));
-    uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)));
+    uint64_t a = input_descriptor<C>(sm.input(turn.stage) + row0 * kRowBytes);
+    uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)), 1);
     fence_sums<C>(sums);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int s = 0; s < kRowBytes / kStepBytes; ++s) {
 #pragma unroll
       for (int i = 0; i < C::kBlocksM; ++i) {
-        wgmma<typename C::Math, C::kTileN>(a + i * 512 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
+        wgmma<typename C::Math, C::kTileN>(a + i * 64 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
                                            k > 0 || s > 0);
       }
     }

@@ -35,11 +35,12 @@ struct Config {
   static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
 
-  // Epilogue of the persistent kernels: each warp stages 16 rows of that many columns, padded against bank conflicts.
-  static constexpr int kChunk = TileN <= 80 ? TileN : TileN / 2;
-  static constexpr int kStagingRow = kChunk * 2 + 16;
-  static constexpr int kStagingBytes = turns == Turns::single ? 0 : kMathGroups * 4 * 16 * kStagingRow;
-  // Epilogue of the single kernels: the sums take the place of the stages.
+  // Epilogue: 16-bit outputs leave a warp's registers by way of two buffers, kChunk columns at a time. In single kernels
+  // those, or the sums of a split reduction, take the place of the stages.
+  static constexpr int kWarpRows = 16 * kBlocksM;
+  static constexpr int kChunk = TileN % 32 == 0 ? 32 : 16;
+  static constexpr int kBufferBytes = kWarpRows * kChunk * 2;
+  static constexpr int kStagingBytes = turns == Turns::single ? 0 : kMathGroups * 4 * 2 * kBufferBytes;
   static constexpr int kSumsRow = TileN + 8;
 
   static constexpr int kVectorBytes = kMathGroups * TileN * 12;
@@ -55,6 +56,7 @@ struct Config {
 struct Params {
   CUtensorMap input;
   CUtensorMap weight_maps[kMaxWeights];
+  CUtensorMap out_maps[kMaxWeights];
   Weight weights[kMaxWeights];
   int tile_end[kMaxWeights];  // tiles along n up to and with that weight
   int column[kMaxWeights];    // of the output, where that weight begins
@@ -78,6 +80,7 @@ struct Params {
   Float out_type;
   int64_t out_stride;
   bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
+  bool bulk_out;     // and by bulk copies: 16-bit outputs and, if there is one, an aligned residual of their type
 };
 
 struct Tile {
@@ -119,7 +122,7 @@ struct Shared {
     return base + C::kStages * (C::kInputBytes + C::kWeightBytes) + stage * C::kPackedBytes;
   }
   __device__ uint8_t* staging(int warp) const {
-    return base + C::kStages * C::kStageBytes + warp * 16 * C::kStagingRow;
+    return base + (C::turns == Turns::single ? 0 : C::kStages * C::kStageBytes) + warp * 2 * C::kBufferBytes;
   }
   __device__ float* vectors(int group) const {
     return reinterpret_cast<float*>(base + C::kStages * C::kStageBytes + C::kStagingBytes) + group * 3 * C::kTileN;

@@ -14,11 +14,16 @@ void* driver_function(const char* name) {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
 }
 
+PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
+  static const auto encode = PFN_cuTensorMapEncodeTiled_v12000(driver_function("cuTensorMapEncodeTiled"));
+  return encode;
+}
+
 }  // namespace
 
 // L2 promotions as CUTLASS sets them for both forms of input. Weights come from DRAM in order: fetch twice the row.
 CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
-  static const auto tiled = PFN_cuTensorMapEncodeTiled_v12000(driver_function("cuTensorMapEncodeTiled"));
+  static const auto tiled = encode_tiled();
   static const auto im2col = PFN_cuTensorMapEncodeIm2col_v12000(driver_function("cuTensorMapEncodeIm2col"));
   if (!tiled || !im2col) return CUDA_ERROR_NOT_SUPPORTED;
   void* data = const_cast<int8_t*>(p.x.data);
@@ -43,7 +48,7 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
 }
 
 CUresult weight_map(const Matmul& p, const Weight& weight, int tile_n, CUtensorMap* map) {
-  static const auto tiled = PFN_cuTensorMapEncodeTiled_v12000(driver_function("cuTensorMapEncodeTiled"));
+  static const auto tiled = encode_tiled();
   if (!tiled) return CUDA_ERROR_NOT_SUPPORTED;
   cuuint64_t packed = p.packed_channels(), pitch = p.pitch(), taps = p.taps();
   cuuint64_t size[3] = {packed, taps, cuuint64_t(weight.n)};
@@ -53,6 +58,17 @@ CUresult weight_map(const Matmul& p, const Weight& weight, int tile_n, CUtensorM
   CUtensorMapSwizzle swizzle = p.bits == 8 && !p.floating ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(weight.data), size, stride, box, step,
                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+CUresult out_map(const Matmul& p, int64_t column, const Weight& weight, int rows, int columns, CUtensorMap* map) {
+  static const auto tiled = encode_tiled();
+  if (!tiled) return CUDA_ERROR_NOT_SUPPORTED;
+  cuuint64_t size[2] = {cuuint64_t(weight.n) * 2, cuuint64_t(p.m())}, stride[1] = {cuuint64_t(p.out_stride) * 2};
+  cuuint32_t box[2] = {cuuint32_t(columns * 2), cuuint32_t(rows)}, step[2] = {1, 1};
+  CUtensorMapSwizzle swizzle = columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+  return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, static_cast<uint16_t*>(p.out) + column, size, stride, box, step,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 

@@ -11,6 +11,9 @@ constexpr int kRowBytes = 128;
 // Tiles of tile_m output pixels by kRowBytes of their channels. As rows [m, channels] where the problem allows, else im2col.
 CUresult input_map(const Matmul& problem, int tile_m, CUtensorMap* map);
 
+// Boxes of `rows` by `columns` of a weight's 16-bit outputs, whose first column is `column` of the output.
+CUresult out_map(const Matmul& problem, int64_t column, const Weight& weight, int rows, int columns, CUtensorMap* map);
+
 // Tiles of tile_n rows by the stored bytes of as many channels of one tap of [n, taps, packed channels].
 CUresult weight_map(const Matmul& problem, const Weight& weight, int tile_n, CUtensorMap* map);
 

@@ -40,6 +40,7 @@ struct Wgmma;
     using Instruction =                                                                                      \
         cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
   };
+MIXDQ_WGMMA(16)
 MIXDQ_WGMMA(64)
 MIXDQ_WGMMA(80)
 MIXDQ_WGMMA(128)
@@ -59,10 +60,11 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, typename Math::Sum
   wgmma<Math, N>(a, b, sums, add, std::make_index_sequence<N / 2>{});
 }
 
-// Descriptor of a tile in shared memory: rows of 128 bytes, 128-byte swizzle, 8 rows to a block of 1024 bytes. The next
-// 32 bytes of a row are +2, the next 64 rows +512 (in units of 16 bytes).
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared_address) {
-  return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// Descriptor of a tile in shared memory: rows of 128 bytes, 128-byte swizzle. Eight rows follow one another; the next
+// eight that the instruction takes come `every` eights later. The next 32 bytes of a row are +2, the next eight rows +64
+// (in units of 16 bytes).
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared_address, int every) {
+  return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(every * 64) << 32 | uint64_t(1) << 62;
 }
 
 }  // namespace mixdq::sm90

@@ -26,7 +26,7 @@ void end_phase_if_complete(Barrier& b) {
 struct Map {
   uint64_t mark;
   const uint8_t* data;
-  uint32_t dims, is_im2col, swizzled;
+  uint32_t dims, is_im2col, swizzle;  // swizzle: how many bits of an address are changed
   uint64_t size[4], stride[3];
   uint32_t box[3];
   uint8_t step[4];
@@ -34,6 +34,10 @@ struct Map {
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap), "must fit");
 constexpr uint64_t kMark = 0x7A7A0D15EA5E7A7A;
+
+bool fits_swizzle(const Map& m, uint32_t row_bytes) { return !m.swizzle || row_bytes <= 16u << m.swizzle; }
+
+uint32_t swizzled(const Map& m, uint32_t address) { return address ^ (address >> 7 & ((1u << m.swizzle) - 1)) << 4; }
 
 struct Copy {
   int block;
@@ -49,12 +53,15 @@ std::vector<Copy> under_way;
 bool encode(Map& m, CUtensorMap* out, CUtensorMapDataType type, unsigned dims, void* data, const cuuint64_t* size,
             const cuuint64_t* stride, const cuuint32_t* step, CUtensorMapSwizzle swizzle) {
   bool good = uint64_t(out) % 64 == 0 && uint64_t(data) % 16 == 0 && type == CU_TENSOR_MAP_DATA_TYPE_UINT8 && dims <= 4;
-  good &= swizzle == CU_TENSOR_MAP_SWIZZLE_128B || swizzle == CU_TENSOR_MAP_SWIZZLE_NONE;
   m = {};
   m.mark = kMark;
   m.data = static_cast<const uint8_t*>(data);
   m.dims = dims;
-  m.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_32B    ? 1
+              : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 2
+              : swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 3
+                                                      : 0;
+  good &= m.swizzle || swizzle == CU_TENSOR_MAP_SWIZZLE_NONE;
   for (unsigned i = 0; i < dims && good; ++i) {
     good &= size[i] >= 1 && size[i] <= 1ull << 32 && step[i] >= 1 && step[i] <= 8;
     m.size[i] = size[i], m.step[i] = step[i];
@@ -74,7 +81,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t dim
     good &= box[i] >= 1 && box[i] <= 256 && step[i] == 1;
     m.box[i] = box[i];
   }
-  good = good && box[0] % 16 == 0 && !(m.swizzled && box[0] > 128);
+  good = good && box[0] % 16 == 0 && fits_swizzle(m, box[0]);
   if (good) std::memcpy(out, &m, sizeof m);
   return good ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
@@ -85,7 +92,7 @@ CUresult encode_im2col(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t di
                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   Map m;
   bool good = dims == 4 && encode(m, out, type, dims, data, size, stride, step, swizzle) && step[0] == 1;
-  good = good && channels % 16 == 0 && channels <= 256 && pixels <= 1024 && !(m.swizzled && channels > 128);
+  good = good && channels % 16 == 0 && channels <= 256 && pixels <= 1024 && fits_swizzle(m, channels);
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   m.is_im2col = 1;
   m.box[0] = channels, m.box[1] = pixels;
@@ -98,15 +105,14 @@ CUresult encode_im2col(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t di
   return good ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-// Writes the rows of a box one after another, 16 bytes at a time, in the swizzle of 128-byte rows.
+// Writes the rows of a box one after another, in the swizzle of the map.
 class Writer {
  public:
   Writer(const Copy& copy, Block& block) : map_(copy.map), block_(block), at_(uint32_t(copy.to - block.memory)) {}
 
   void row(const uint8_t* from, int64_t first) {  // zeros where there is nothing to read
     for (uint32_t i = 0; i < map_.box[0]; ++i) {
-      uint32_t a = at_ + written + i;
-      if (map_.swizzled) a ^= (a >> 7 & 7) << 4;
+      const uint32_t a = swizzled(map_, at_ + written + i);
       const int64_t c = first + i;
       block_.memory[a] = block_.async_view[a] = from && c >= 0 && c < int64_t(map_.size[0]) ? from[c] : 0;
     }
@@ -156,6 +162,19 @@ void do_copy(const AsyncCopy& copy) {
     std::memcpy(copy.to, copy.from, 16);
   } else {
     std::memset(copy.to, 0, 16);
+  }
+}
+
+void do_store(const Block& block, const BulkStore& store) {
+  Map m;
+  std::memcpy(&m, store.map, sizeof m);
+  for (uint32_t y = 0; y < m.box[1]; ++y) {
+    for (uint32_t x = 0; x < m.box[0]; ++x) {
+      const int64_t at_x = store.x + int64_t(x), at_y = store.y + int64_t(y);
+      if (at_x < 0 || at_x >= int64_t(m.size[0]) || at_y < 0 || at_y >= int64_t(m.size[1])) continue;
+      const_cast<uint8_t*>(m.data)[at_y * m.stride[0] + at_x] =
+          block.async_view[swizzled(m, store.from + y * m.box[0] + x)];
+    }
   }
 }
 
@@ -210,7 +229,7 @@ void bulk_copy(const void* map, uint64_t* barrier, void* to, std::vector<int> at
   std::memcpy(&k.map, map, sizeof k.map);
   const Map& m = k.map;
   require(m.mark == kMark && bool(m.is_im2col) == im2col && m.dims == k.at.size(), "a tensor map of another kind");
-  require(shared_address(to) % (m.swizzled ? 1024 : 128) == 0, "where a bulk copy goes is not aligned");
+  require(shared_address(to) % (m.swizzle ? 128u << m.swizzle : 128u) == 0, "where a bulk copy goes is not aligned");
   const size_t rows = m.box[1] * size_t(m.dims > 2 && !im2col ? m.box[2] : 1);
   require(in_shared(my_block(), to, m.box[0] * rows), "a bulk copy goes past shared memory");
   if (im2col) {
@@ -239,6 +258,29 @@ void finish_some_copy() {
   Barrier& b = find(block, k.barrier);
   b.bytes -= writer.written;
   end_phase_if_complete(b);
+}
+
+void bulk_store(const void* map, const void* from, int x, int y) {
+  Map m;
+  std::memcpy(&m, map, sizeof m);
+  require(uint64_t(map) % 64 == 0 && m.mark == kMark && !m.is_im2col && m.dims == 2, "a tensor map to store by");
+  require(shared_address(from) % (m.swizzle ? 128u << m.swizzle : 128u) == 0, "where a bulk store reads is not aligned");
+  require(in_shared(my_block(), from, m.box[0] * m.box[1]), "a bulk store reads past shared memory");
+  const BulkStore store = {map, shared_address(from), x, y};
+  if (!late_copies) do_store(my_block(), store);
+  me().stores.push_back(store);
+}
+
+void commit_stores() {
+  me().store_groups.push_back(std::move(me().stores));
+  me().stores.clear();
+}
+
+void wait_for_stores(int open_groups) {
+  for (auto& groups = me().store_groups; int(groups.size()) > open_groups; groups.pop_front()) {
+    if (!late_copies) continue;
+    for (const BulkStore& store : groups.front()) do_store(my_block(), store);
+  }
 }
 
 void copy_async(const void* from, void* to, bool valid) {

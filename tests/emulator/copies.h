@@ -17,6 +17,11 @@ void fence_async();
 void bulk_copy(const void* map, uint64_t* barrier, void* to, std::vector<int> at, bool im2col, unsigned offset_w,
                unsigned offset_h);
 
+// The copy of one box from shared memory, as far as the tensor goes; done when the thread has waited for its group.
+void bulk_store(const void* map, const void* from, int x, int y);
+void commit_stores();
+void wait_for_stores(int open_groups);
+
 // 16 bytes, or zeros; there when the thread has waited for its group.
 void copy_async(const void* from, void* to, bool valid);
 void commit_copies();

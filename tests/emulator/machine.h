@@ -41,6 +41,12 @@ struct AsyncCopy {
   bool valid;
 };
 
+struct BulkStore {
+  const void* map;
+  uint32_t from;  // shared address
+  int x, y;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf place;  // once begun; ucontext's own switch asks the kernel for signal masks, which takes ten times as long
@@ -52,6 +58,8 @@ struct Fiber {
   std::deque<long> groups;                        // instructions issued when each open group was committed
   std::vector<AsyncCopy> copies;                  // cp.async, not committed
   std::deque<std::vector<AsyncCopy>> copy_groups;
+  std::vector<BulkStore> stores;                  // from shared memory, not committed
+  std::deque<std::vector<BulkStore>> store_groups;
 };
 
 struct Barrier {  // mbarrier

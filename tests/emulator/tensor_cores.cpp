@@ -140,4 +140,18 @@ void load_matrices(const void* row, uint32_t* (&to)[4]) {
   end_exchange();
 }
 
+void store_matrices(const void* row, const uint32_t (&from)[4]) {
+  struct {
+    uint32_t values[4];
+    const void* row;
+  } mine = {{from[0], from[1], from[2], from[3]}, row};
+  const Lanes& all = exchange(&mine, sizeof mine);
+  uint8_t* to;
+  std::memcpy(&to, all.words[me().thread % 32] + 4, sizeof to);
+  require(in_shared(my_block(), to, 16) && shared_address(to) % 16 == 0, "where stmatrix writes");
+  const int lane = me().thread % 32;  // writes the row that it names
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * 4, &all.words[lane % 8 * 4 + i][lane / 8], 4);
+  end_exchange();
+}
+
 }  // namespace emulator

@@ -10,6 +10,9 @@ void multiply_16x8x32(const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t (
 // Four matrices of 8 rows of 16 bytes; lane i has the address of row i % 8 of matrix i / 8.
 void load_matrices(const void* row, uint32_t* (&to)[4]);
 
+// The other way round, as stmatrix writes them.
+void store_matrices(const void* row, const uint32_t (&from)[4]);
+
 enum Operands { kInt8, kHalf, kBfloat16 };
 
 // wgmma: [64, 32 bytes] times [n, 32 bytes] transposed, done at some time until its group is waited for.

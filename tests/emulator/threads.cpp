@@ -55,6 +55,7 @@ void release_block(Block& block) {
 void fiber_main() {
   try {
     (*body)();
+    require(me().stores.empty() && me().store_groups.empty(), "a thread ends while a copy from shared memory may still read");
   } catch (const Ended&) {
   }
   me().ended = true;

@@ -18,6 +18,9 @@ struct SM90_TMA_LOAD_2D {
   }
 };
 struct SM90_TMA_LOAD_3D {
+  struct PREFETCH {
+    static void copy(const void*, int, int, int) {}
+  };
   static void copy(const void* map, uint64_t* barrier, uint64_t, void* to, int x, int y, int z) {
     emulator::bulk_copy(map, barrier, to, {x, y, z}, false, 0, 0);
   }
@@ -28,5 +31,14 @@ struct SM90_TMA_LOAD_IM2COL_4D {
     emulator::bulk_copy(map, barrier, to, {c, w, h, n}, true, offset_w, offset_h);
   }
 };
+
+struct SM90_TMA_STORE_2D {
+  static void copy(const void* map, const void* from, int x, int y) { emulator::bulk_store(map, from, x, y); }
+};
+inline void tma_store_arrive() { emulator::commit_stores(); }
+template <int N>
+void tma_store_wait() {
+  emulator::wait_for_stores(N);
+}
 
 }  // namespace cute

@@ -46,6 +46,7 @@ struct Multiply {
   using MMA_64x##N##x16_F32F16F16_SS = Multiply<emulator::kHalf, N, float>;      \
   template <Major, Major>                                                        \
   using MMA_64x##N##x16_F32BF16BF16_SS = Multiply<emulator::kBfloat16, N, float>;
+MULTIPLY(16)
 MULTIPLY(64)
 MULTIPLY(80)
 MULTIPLY(128)
