@@ -57,12 +57,14 @@ double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count)
   double macs = sm90 && !p.floating ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
   int64_t tiles_n = 0;
   for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
-  int64_t blocks = ceil_div(p.m(), kernel.tile_m) * tiles_n * splits;
+  const int shared_by = kernel.sharing ? splits : 1;
+  if (kernel.sharing) splits = 1;
+  int64_t blocks = ceil_div(p.m(), kernel.tile_m * shared_by) * shared_by * tiles_n * splits;
   int64_t steps = ceil_div(p.taps() * ceil_div(p.x.channels, kStep), splits);
   int64_t rounds = ceil_div(blocks, sm_count);
   double tile = double(kernel.tile_m) * kernel.tile_n;
   double math = tile * kStep / macs * (kernel.packed ? 1.5 : 1);  // spreading packed codes takes instructions
-  double weight_bytes = kernel.packed ? p.bits / 8. : 1;
+  double weight_bytes = (kernel.packed ? p.bits / 8. : 1) / shared_by;
   double step = std::max(math, (kernel.tile_m * p.element_bytes() + kernel.tile_n * weight_bytes) * kStep / bytes_in);
   // Tiles overlap with the end of the ones before them, except where all warps work on one tile.
   double ends = kernel.tile_m > 128 ? rounds : 1;
@@ -81,7 +83,8 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
     if (family != kernel.family || !why_not(kernel, p, arch).empty()) continue;
     int64_t steps = p.taps() * ceil_div(p.x.channels, kStep);
     // A part should have some steps to itself, or handing over the sums costs more than it saves.
-    for (int splits = 1; splits <= kernel.max_splits && (splits == 1 || steps >= 2 * splits); splits *= 2) {
+    for (int splits = 1; splits <= kernel.max_splits; splits *= 2) {
+      if (splits > 1 && !kernel.sharing && steps < 2 * splits) break;
       double cycles = estimate(kernel, p, splits, sm_count);
       if (best.kernel < 0 || cycles < least) best = {i, splits, false}, least = cycles;
     }
@@ -154,7 +157,7 @@ std::vector<Tuned> read_table(const char* path) {
 
 const std::vector<Kernel>& catalogue() {
   static const std::vector<Kernel> kernels = {
-      // name, family, tile_m, tile_n, math_groups, max_splits, packed
+      // name, family, tile_m, tile_n, math_groups, max_splits, packed, floating, sharing
       {"sm90_256x128", "sm90", 256, 128, 2, 1, false},
       {"sm90_128x160", "sm90", 128, 160, 2, 1, false},
       {"sm90_128x128", "sm90", 128, 128, 2, 1, false},
@@ -163,6 +166,9 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x64", "sm90", 128, 64, 1, 8, false},
       {"sm90_64x64", "sm90", 64, 64, 1, 8, false},
       {"sm90_128x16", "sm90", 128, 16, 1, 8, false},
+      {"sm90_64x64_sharing", "sm90", 64, 64, 1, 4, false, false, true},
+      {"sm90_64x160_sharing", "sm90", 64, 160, 1, 4, false, false, true},
+      {"sm90_128x160_sharing", "sm90", 128, 160, 2, 4, false, false, true},
       {"sm90_128x160_packed", "sm90", 128, 160, 2, 1, true},
       {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},
       {"sm90_64x80_packed", "sm90", 64, 80, 1, 8, true},

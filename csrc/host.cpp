@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("max_splits", &Kernel::max_splits)
       .def_readonly("packed", &Kernel::packed)
       .def_readonly("floating", &Kernel::floating)
+      .def_readonly("sharing", &Kernel::sharing)
       .def("__repr__", [](const Kernel& k) { return "<kernel " + std::string(k.name) + ">"; });
 
   py::class_<Tuned>(m, "Tuned")

@@ -90,9 +90,10 @@ struct Kernel {
   const char* family;  // "sm90", "sm80" or "any"
   int tile_m, tile_n;
   int math_groups;     // warpgroups that multiply; 0 where that means nothing
-  int max_splits;      // parts that the reduction can be split into, each in a block of one cluster
+  int max_splits;      // parts that the reduction can be split into, each in a block of one cluster; or see sharing
   bool packed;         // reads 4 and 2 bit weights as they are stored; others get them unpacked first
   bool floating = false;  // multiplies floating activations, with weights of any width as they are stored
+  bool sharing = false;   // splits are tiles of the same columns instead, in the blocks of a cluster that share weights
 };
 
 struct Choice {

@@ -147,16 +147,16 @@ constexpr bool kEarlyResiduals = C::kBlocksM * C::kTileN <= 160;
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 
-// Two buffers of a warp in shared memory, which take turns: kChunk columns of its rows, as the tensor map of the output
-// has them, from where a bulk copy takes them away.
+// Buffers of a warp in shared memory, which take turns: kChunk columns of its rows, as the tensor map of the output has
+// them, from where a bulk copy takes them away.
 template <class C>
 struct Staging {
   uint8_t* memory;
   int turn = 0;
 
   __device__ __forceinline__ uint8_t* next() {
-    turn ^= 1;
-    if (threadIdx.x % 32 == 0) cute::tma_store_wait<1>();  // what was in this one has been read
+    if (C::kBuffers > 1) turn ^= 1;
+    if (threadIdx.x % 32 == 0) cute::tma_store_wait<C::kBuffers - 1>();  // what was in this one has been read
     __syncwarp();
     return memory + turn * C::kBufferBytes;
   }
@@ -231,16 +231,17 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
   }
 }
 
-// What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of both
+// What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the
 // buffers.
 template <class C, bool kDynamic>
 __device__ __forceinline__ void write_any(const Params& p, const WarpTile<C>& at, const Columns<C>& columns,
                                           const Sums<C>& sums, uint8_t* staging) {
+  constexpr int kColumns = C::kChunk * C::kBuffers / 2;  // of float32
   auto* values = reinterpret_cast<float*>(staging);
   const int lane = at.lane;
 #pragma unroll
-  for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
-    __syncwarp();  // all have read the chunk before
+  for (int c0 = 0; c0 < C::kTileN; c0 += kColumns) {
+    __syncwarp();  // all have read the columns before
 #pragma unroll
     for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
@@ -248,21 +249,21 @@ __device__ __forceinline__ void write_any(const Params& p, const WarpTile<C>& at
         Row row;
         if (kDynamic) row = row_of(p, at.m(i, h));
 #pragma unroll
-        for (int j = 0; j < C::kChunk / 8; ++j) {
+        for (int j = 0; j < kColumns / 8; ++j) {
           const int c = j * 8 + lane % 4 * 2, from = (c0 / 8 + j) * 4 + h * 2;
           ChannelEpilogue channels[2];
           columns.pair(c0 + c, kDynamic, channels);
           float2 v = {finish<C>(p, sums[i][from], channels[0], kDynamic, row),
                       finish<C>(p, sums[i][from + 1], channels[1], kDynamic, row)};
-          *reinterpret_cast<float2*>(values + WarpTile<C>::row(lane / 4, i, h) * C::kChunk + c) = v;
+          *reinterpret_cast<float2*>(values + WarpTile<C>::row(lane / 4, i, h) * kColumns + c) = v;
         }
       }
     }
     __syncwarp();
 #pragma unroll 1
-    for (int v = lane; v < C::kWarpRows * C::kChunk; v += 32) {
-      const int c = c0 + v % C::kChunk;
-      const int64_t m = int64_t(at.row0) + v / C::kChunk;
+    for (int v = lane; v < C::kWarpRows * kColumns; v += 32) {
+      const int c = c0 + v % kColumns;
+      const int64_t m = int64_t(at.row0) + v / kColumns;
       if (m >= p.m || c >= at.columns) continue;
       float y = values[v];
       if (p.residual) y += load_float(p.residual, p.residual_type, residual_row(p, m) + at.column + c);

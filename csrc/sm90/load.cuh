@@ -44,6 +44,13 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
     FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
   } else {
     FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes + C::kWeightBytes);
+    if (C::kSharing && p.splits > 1) {  // each block of the cluster brings its share of the rows to all of them
+      const int rank = blockIdx.x % p.splits, rows = C::kTileN / p.splits;
+      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, sm.full(stage), uint16_t((1 << p.splits) - 1), kKeep,
+                                             sm.weight(stage) + rank * rows * kRowBytes, step.block * kRowBytes,
+                                             step.tap, t.n0 + rank * rows);
+      return;
+    }
     cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), step.block * kRowBytes, step.tap, t.n0);
   }
 }
@@ -61,13 +68,15 @@ __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm,
                                       from.image, dx, dy);
 }
 
-// Brings what the stages do not hold of the first tile's weights to the L2 cache; tiles of the same columns share that.
+// Brings what comes after the stages of the first tile's weights to the L2 cache, as much again: of more, the copies that
+// are needed first would wait in line behind them. Tiles of the same columns share that.
 template <class C>
 __device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t, Step step, int count) {
   const int width = C::packed ? p.packed_tile : kRowBytes, mine = t.m0 / C::kTileM;
   for (int i = 0; i < count; ++i, step.next(p)) {
-    if (i % p.tiles_m != mine) continue;
-    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap, t.n0);
+    if (!C::kSharing && i % p.tiles_m != mine) continue;  // boxes of those that share are parts of the tile
+    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
+                                              t.n0 + (C::kSharing ? blockIdx.x % p.splits * C::kTileN / p.splits : 0));
   }
 }
 
@@ -82,14 +91,16 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
   const Step begin(p, r.begin);
   Step early = begin;
   for (int i = 0; i < ahead; ++i, early.next(p)) load_weight(p, sm, i, t, early);
-  prefetch_weights<C>(p, t, early, r.count - ahead);
+  prefetch_weights<C>(p, t, early, min(C::kStages, r.count - ahead));
   wait_for_previous();
   let_next_start();  // its weights may come while this one multiplies
   Turn<C> turn;
   bool warm = true;
   for (int index = first; index < tiles; index += stride) {
     t = locate<C>(p, index);
-    const Origin from(p, t.m0);
+    // A cluster's last tiles may lie past the last row: they read what others read, and write nothing.
+    const int m0 = C::kSharing ? min(t.m0, (p.m - 1) / C::kTileM * C::kTileM) : t.m0;
+    const Origin from(p, m0);
     Step step = begin;
     for (int i = 0; i < r.count; ++i, turn.step(), step.next(p)) {
       warm = warm && i < ahead;
@@ -97,7 +108,7 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
         EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
         load_weight(p, sm, turn.stage, t, step);
       }
-      load_input(p, sm, turn.stage, t.m0, from, step);
+      load_input(p, sm, turn.stage, m0, from, step);
     }
     warm = false;
   }

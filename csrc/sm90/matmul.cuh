@@ -4,6 +4,8 @@
 //   while the other writes its tile) or share a tile (cooperative).
 // single: one tile per block, two blocks per multiprocessor, one math warpgroup. The reduction may be split over the
 //   blocks of a cluster, which add their int32 sums through each other's shared memory: exact, and no scratch memory.
+// sharing: one tile per block. The blocks of a cluster have tiles of the same columns, and each brings a share of the
+//   weights to all of them: small problems are bound by what multiprocessors read of the L2 cache.
 //
 // One warp loads both operands. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
 // convolution differs from a linear layer only in the coordinates of the input's tiles.
@@ -28,14 +30,18 @@ namespace mixdq::sm90 {
 // stay in uniform registers, and TMA is issued without a loop over the threads that might ask for it.
 
 template <class C>
-__device__ __forceinline__ void start_barriers(const Shared<C>& sm) {
+__device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>& sm) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       FullBarrier::init(sm.full(i), C::packed ? 4 : 1);
-      EmptyBarrier::init(sm.empty(i), C::turns == Turns::cooperative ? 8 : 4);
+      EmptyBarrier::init(sm.empty(i), C::turns == Turns::ping_pong ? 4 : C::kMathGroups * 4 * (C::kSharing ? p.splits : 1));
       if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
     }
     cutlass::arch::fence_barrier_init();
+  }
+  if (C::kSharing && p.splits > 1) {  // the others' copies arrive here
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
   }
   __syncthreads();
 }
@@ -57,11 +63,13 @@ struct alignas(2 * sizeof(T)) Pair {
 
 template <class C>
 __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm) {
-  const int rank = blockIdx.x % p.splits, index = blockIdx.x / p.splits;
-  const Reduction r = {p.k_tiles * rank / p.splits, p.k_tiles * (rank + 1) / p.splits - p.k_tiles * rank / p.splits};
+  const int splits = C::kSharing ? 1 : p.splits;
+  const int rank = blockIdx.x % splits, index = blockIdx.x / splits;
+  const Reduction r = {p.k_tiles * rank / splits, p.k_tiles * (rank + 1) / splits - p.k_tiles * rank / splits};
   const int thread = threadIdx.x % kGroup, warp = cutlass::canonical_warp_idx_sync();
   const Tile t = locate<C>(p, index);
-  const Columns<C> columns(sm.vectors(0));
+  const int group = C::kMathGroups == 1 ? 0 : warp / (kGroup / 32) - 1, row0 = group * C::kBlocksM * 64;
+  const Columns<C> columns(sm.vectors(group));
   if (warp < kGroup / 32) {
     if (warp == 0) {
       if (cute::elect_one_sync()) produce(p, sm, index, 1, index + 1, r);
@@ -75,16 +83,16 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     wait_for_previous();
     ColumnLoads<C> loads;
     loads.load(p.weights[t.weight], t.n0);
-    const WarpTile<C> at(p, t, 0);
+    const WarpTile<C> at(p, t, row0);
     EarlyResiduals<C> residuals;
-    if (kEarlyResiduals<C> && p.bulk_out && p.residual && p.splits == 1) residuals.load(p, at, 0);
+    if (kEarlyResiduals<C> && p.bulk_out && p.residual && splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
-    multiply(sm, turn, r.count, 0, sums);
+    multiply(sm, turn, r.count, row0, sums, -1, p.splits);
     loads.store(columns);
-    sync_group(0);  // and every warp is done with the stages
-    if (p.splits == 1) {
-      Staging<C> staging{sm.staging(thread / 32)};
+    cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
+    if (splits == 1) {
+      Staging<C> staging{sm.staging(group * 4 + thread / 32)};
       write_tile<C>(p, t, at, columns, sums, residuals, staging);
       staging.finish();
       return;
@@ -103,7 +111,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
       }
     }
   }
-  if (p.splits == 1) return;
+  if (splits == 1) return;
   cooperative_groups::this_cluster().sync();
   write_shared<C>(p, sm, t, rank);
   __syncwarp();  // others may still read this block's sums; what it wrote need not have arrived
@@ -163,8 +171,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) matmul(const __g
 #ifdef CUTLASS_ARCH_MMA_SM90A_ENABLED
   extern __shared__ uint8_t raw[];
   const Shared<C> sm(raw);
-  start_barriers(sm);
-  if constexpr (C::turns == Turns::single) {
+  start_barriers(p, sm);
+  if constexpr (C::kOneTile) {
     run_single<C>(p, sm);
   } else {
     run_persistent<C>(p, sm);
@@ -179,7 +187,8 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   int column = 0, out_align = 0, element = problem.out_type == Float::f32 ? 4 : 2;
   for (int i = 0; i < problem.weight_count; ++i) {
     const Weight& w = problem.weights[i];
-    if (weight_map(problem, w, C::kTileN, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    const int rows = C::kSharing ? C::kTileN / splits : C::kTileN;
+    if (weight_map(problem, w, rows, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
     p.weights[i] = w;
     p.column[i] = column;
     column += w.n;
@@ -191,7 +200,11 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.tiles_m = (p.m + C::kTileM - 1) / C::kTileM;
   p.channel_blocks = (problem.x.channels + C::kTileK - 1) / C::kTileK;
   p.k_tiles = problem.taps() * p.channel_blocks;
-  while (splits > p.k_tiles) splits /= 2;  // every block multiplies something
+  if (C::kSharing) {
+    p.tiles_m = (p.tiles_m + splits - 1) / splits * splits;
+  } else {
+    while (splits > p.k_tiles) splits /= 2;  // every block multiplies something
+  }
   p.splits = splits;
   p.packed_tile = C::kTileK * problem.bits / 8;
   p.shift = 8 - problem.bits;
@@ -229,8 +242,8 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   grid.threads = C::kThreads;
   grid.shared_bytes = C::kSharedBytes;
   const int tiles = p.tiles_m * p.tiles_n;
-  if (C::turns == Turns::single) {
-    grid.blocks = tiles * splits;
+  if (C::kOneTile) {
+    grid.blocks = C::kSharing ? tiles : tiles * splits;
     grid.cluster = splits;
   } else {
     grid.blocks = tiles < on.sm_count ? tiles : on.sm_count;

@@ -24,9 +24,15 @@ __device__ __forceinline__ uint64_t input_descriptor(const uint8_t* tile) {
   return tile_descriptor(cute::cast_smem_ptr_to_uint(tile), C::kBlocksM);
 }
 
+// Of a sharing kernel to all blocks of the cluster, whose copies write into this one.
 template <class C>
-__device__ __forceinline__ void release(const Shared<C>& sm, int stage) {
-  if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(sm.empty(stage));
+__device__ __forceinline__ void release(const Shared<C>& sm, int stage, int blocks) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (C::kSharing) {
+    if (lane < blocks) EmptyBarrier::arrive(sm.empty(stage), lane, 1);
+  } else {
+    if (lane == 0) EmptyBarrier::arrive(sm.empty(stage));
+  }
 }
 
 __device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarrier::sync(kGroup, 1 + group); }
@@ -36,10 +42,13 @@ __device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarr
 __device__ __forceinline__ void await_turn(int group) { cutlass::arch::NamedBarrier::sync(2 * kGroup, 3 + group); }
 __device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 3 + group); }
 
-// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one.
+// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one. `blocks`:
+// of the cluster, in a sharing kernel.
 template <class C>
 __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
-                                         int next = -1) {
+                                         int next = -1, int blocks = 1) {
+  // A block that shares may end before the others: what nobody waits for is not told them.
+  const int released = C::kSharing ? count - C::kStages : count;
   int before = 0;
   for (int k = 0; k < count; ++k) {
     FullBarrier::wait(sm.full(turn.stage), turn.phase);
@@ -58,14 +67,14 @@ __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int
     cute::warpgroup_commit_batch();
     fence_sums<C>(sums);
     cute::warpgroup_wait<1>();
-    if (k > 0) release(sm, before);
+    if (k > 0 && k <= released) release(sm, before, blocks);
     before = turn.stage;
     turn.step();
   }
   if (next >= 0) pass_turn(next);
   cute::warpgroup_wait<0>();
   fence_sums<C>(sums);
-  release(sm, before);
+  if (!C::kSharing) release(sm, before, blocks);
 }
 
 }  // namespace mixdq::sm90

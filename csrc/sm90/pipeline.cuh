@@ -15,7 +15,7 @@ constexpr int kStepBytes = 32;  // of a row, that one instruction multiplies
 constexpr int kRaster = 16;     // tile rows that are walked together, so that their inputs stay in the L2 cache
 constexpr int kGroup = 128;     // threads of a warpgroup
 
-enum class Turns { single, ping_pong, cooperative };
+enum class Turns { single, sharing, ping_pong, cooperative };
 
 template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8>
 struct Config {
@@ -23,11 +23,13 @@ struct Config {
   static constexpr int kTileM = TileM, kTileN = TileN;
   static constexpr Turns turns = turns_;
   static constexpr bool packed = Packed;
-  static constexpr int kMathGroups = turns == Turns::single ? 1 : 2;
+  static constexpr bool kSharing = turns == Turns::sharing;
+  static constexpr bool kOneTile = turns == Turns::single || kSharing;  // of a block
+  static constexpr int kMathGroups = turns == Turns::single ? 1 : kSharing ? TileM / 64 : 2;
   static constexpr int kThreads = kGroup * (kMathGroups + 1);
-  static constexpr int kBlocksPerSm = turns == Turns::single ? 2 : 1;
+  static constexpr int kBlocksPerSm = kOneTile && TileM * TileN <= 128 * 64 ? 2 : 1;
   // Rows of one math group, in blocks of the 64 that an instruction takes.
-  static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : TileM) / 64;
+  static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : kSharing ? 64 : TileM) / 64;
 
   static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
   static constexpr int kInputBytes = TileM * kRowBytes;
@@ -35,19 +37,25 @@ struct Config {
   static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
 
-  // Epilogue: 16-bit outputs leave a warp's registers by way of two buffers, kChunk columns at a time. In single kernels
-  // those, or the sums of a split reduction, take the place of the stages.
+  // Epilogue: 16-bit outputs leave a warp's registers by way of buffers, kChunk columns at a time. Where a block has one
+  // tile those, or the sums of a split reduction, take the place of the stages.
   static constexpr int kWarpRows = 16 * kBlocksM;
   static constexpr int kChunk = TileN % 32 == 0 ? 32 : 16;
   static constexpr int kBufferBytes = kWarpRows * kChunk * 2;
-  static constexpr int kStagingBytes = turns == Turns::single ? 0 : kMathGroups * 4 * 2 * kBufferBytes;
   static constexpr int kSumsRow = TileN + 8;
 
   static constexpr int kVectorBytes = kMathGroups * TileN * 12;
-  static constexpr int kBudget = turns == Turns::single ? 113 * 1024 : 227 * 1024;
+  static constexpr int kBudget = kBlocksPerSm == 2 ? 113 * 1024 : 227 * 1024;
+  static constexpr int staging_bytes(int buffers) {
+    return kOneTile ? 0 : kMathGroups * 4 * buffers * kBufferBytes;
+  }
+  static constexpr int fit(int buffers) {
+    return (kBudget - (1024 + staging_bytes(buffers) + kVectorBytes + 512)) / kStageBytes;
+  }
+  static constexpr int kBuffers = fit(2) < fit(1) ? 1 : 2;  // a second one is not worth a stage
+  static constexpr int kStagingBytes = staging_bytes(kBuffers);
   static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
-  static constexpr int kFit = (kBudget - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kStages = fit(kBuffers) < 8 ? fit(kBuffers) : 8;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
   static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
@@ -60,7 +68,8 @@ struct Params {
   Weight weights[kMaxWeights];
   int tile_end[kMaxWeights];  // tiles along n up to and with that weight
   int column[kMaxWeights];    // of the output, where that weight begins
-  int tiles_m, tiles_n, splits;
+  int tiles_m, tiles_n;
+  int splits;  // of the reduction; of a sharing kernel, the blocks of a cluster
   int m;
   int k_tiles, channel_blocks;
   int packed_tile;                          // bytes of a channel block as it is stored
@@ -122,7 +131,7 @@ struct Shared {
     return base + C::kStages * (C::kInputBytes + C::kWeightBytes) + stage * C::kPackedBytes;
   }
   __device__ uint8_t* staging(int warp) const {
-    return base + (C::turns == Turns::single ? 0 : C::kStages * C::kStageBytes) + warp * 2 * C::kBufferBytes;
+    return base + (C::kOneTile ? 0 : C::kStages * C::kStageBytes) + warp * C::kBuffers * C::kBufferBytes;
   }
   __device__ float* vectors(int group) const {
     return reinterpret_cast<float*>(base + C::kStages * C::kStageBytes + C::kStagingBytes) + group * 3 * C::kTileN;

@@ -198,6 +198,15 @@ void arrive(uint64_t* barrier, uint32_t expected_bytes) {
   end_phase_if_complete(b);
 }
 
+void arrive_at(uint64_t* barrier, unsigned rank) {
+  auto* theirs = static_cast<uint64_t*>(of_rank(barrier, rank));
+  require(blocks[rank].alive > 0, "an arrival at a block that has ended");
+  Barrier& b = find(blocks[rank], theirs);
+  require(b.pending > 0, "too many arrivals at an mbarrier");
+  --b.pending;
+  end_phase_if_complete(b);
+}
+
 void wait_for_phase(uint64_t* barrier, uint32_t parity) {
   if (random_bits() % 4 == 0) {  // some come late
     make_runnable(current);
@@ -242,6 +251,21 @@ void bulk_copy(const void* map, uint64_t* barrier, void* to, std::vector<int> at
   }
   find(my_block(), barrier);
   under_way.push_back(std::move(k));
+}
+
+void bulk_copy_to_all(const void* map, uint64_t* barrier, unsigned mask, void* to, std::vector<int> at) {
+  const int mine = me().block;
+  for (unsigned rank = 0; rank < blocks.size(); ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    require(blocks[rank].alive > 0, "a copy to a block that has ended");
+    bulk_copy(map, barrier, to, at, false, 0, 0);
+    Copy& k = under_way.back();
+    k.block = int(rank);
+    k.barrier = static_cast<uint64_t*>(of_rank(barrier, rank));
+    k.to = static_cast<uint8_t*>(of_rank(to, rank));
+    find(blocks[rank], k.barrier);
+  }
+  require(mask >> mine & 1 && !(mask >> blocks.size()), "the blocks of a copy to several");
 }
 
 bool copies_under_way() { return !under_way.empty(); }

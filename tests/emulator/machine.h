@@ -117,6 +117,9 @@ void finish_some_copy();
 void forget_copies();
 void finish_some_multiply();
 
+// The same place in the shared memory of another block of the cluster.
+void* of_rank(void* data, unsigned rank);
+
 bool in_shared(const Block& block, const void* data, size_t bytes);
 // Offset from the block's memory: what stands for an address in shared memory.
 uint32_t shared_address(const void* data);

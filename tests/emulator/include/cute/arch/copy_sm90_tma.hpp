@@ -25,6 +25,11 @@ struct SM90_TMA_LOAD_3D {
     emulator::bulk_copy(map, barrier, to, {x, y, z}, false, 0, 0);
   }
 };
+struct SM90_TMA_LOAD_MULTICAST_3D {
+  static void copy(const void* map, uint64_t* barrier, uint16_t blocks, uint64_t, void* to, int x, int y, int z) {
+    emulator::bulk_copy_to_all(map, barrier, blocks, to, {x, y, z});
+  }
+};
 struct SM90_TMA_LOAD_IM2COL_4D {
   static void copy(const void* map, uint64_t* barrier, void* to, int c, int w, int h, int n, uint16_t offset_w,
                    uint16_t offset_h) {

@@ -10,6 +10,7 @@ namespace cutlass::arch {
 struct ClusterBarrier {
   static void init(uint64_t* barrier, uint32_t count) { emulator::init_barrier(barrier, count); }
   static void arrive(uint64_t* barrier) { emulator::arrive(barrier, 0); }
+  static void arrive(uint64_t* barrier, uint32_t rank, uint32_t) { emulator::arrive_at(barrier, rank); }
   static void wait(uint64_t* barrier, uint32_t parity) { emulator::wait_for_phase(barrier, parity); }
 };
 struct ClusterTransactionBarrier : ClusterBarrier {
