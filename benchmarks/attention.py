@@ -1,4 +1,4 @@
-"""Times of torch's exact attention backends on every size of SDXL, and which of them ``auto`` takes.
+"""Times of torch's exact attention backends and ours on every size of SDXL, and which of them ``auto`` takes.
 
 Queries, keys and values are the views that merged layers give. A launch is timed in a CUDA graph, beside what
 ``mixdq_ao.compile`` measures to choose: the choice should be the same.

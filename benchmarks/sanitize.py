@@ -23,6 +23,7 @@ from sdxl_shapes import Conv, Layer, Linear
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mixdq_ao import attention  # noqa: F401  which defines its operator
 from mixdq_ao.packing import pack
 
 ROWS, COLUMNS, CHANNELS, IMAGE_CHANNELS = 200, 168, 1088, 192
@@ -107,6 +108,13 @@ def quantizers() -> Iterator[tuple[str, Callable, tuple]]:
             )
 
 
+def attentions() -> Iterator[tuple[str, Callable, tuple]]:
+    torch.manual_seed(0)
+    for dtype, queries, keys in ((torch.float16, 70, 300), (torch.bfloat16, 50, 77)):
+        q, k, v = (torch.randn(2, n, 3, 64).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
+        yield f"attention {queries} x {keys}", torch.ops.mixdq_ao.short_attention, (q, k, v, 0.125)
+
+
 def check(op: Callable, args: tuple) -> None:
     """The same on both devices, but for a code or a rounding in rare places."""
     here = op(*tree_map_only(Tensor, Tensor.cuda, args))
@@ -121,7 +129,8 @@ def check(op: Callable, args: tuple) -> None:
 def main(only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "") -> None:
     """Launch everything once and compare it with the CPU."""
     require_gpu()
-    launches = [*forced_products(), *((name, None, 1, op, args) for name, op, args in quantizers())]
+    others = [*quantizers(), *attentions()]
+    launches = [*forced_products(), *((name, None, 1, op, args) for name, op, args in others)]
     launches = [launch for launch in launches if only in launch[0]]
     wrong = 0
     with torch.inference_mode():

@@ -1,23 +1,26 @@
-"""Attention without a mask by one of torch's exact backends: a named one, or the fastest for the sizes at hand.
+"""Attention without a mask by one of torch's exact backends or our own: a named one, or the fastest for the sizes.
 
 torch picks a backend by a fixed order while a graph is traced. ``auto`` measures instead, when the operator first meets
 sizes on a CUDA device: so neither the graph nor its key in a compile cache depends on what was measured, dynamic sizes
 are chosen one by one, and what is timed are the very strides, and the plans of cuDNN, that are used from then on.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.backends import cuda
 
+from mixdq_ao import ops
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.ops import define, fake
 
 aten = torch.ops.aten
 
 # In the order in which they are preferred where they are equally fast: flash attention needs no plan and no workspace.
-BACKENDS = ("flash", "cudnn", "efficient", "math")
+# "mixdq" is our own kernel, for few tokens.
+BACKENDS = ("flash", "mixdq", "cudnn", "efficient", "math")
 AUTO = "auto"
 
 _CAN_USE = {
@@ -30,9 +33,8 @@ _CUDNN = 91501
 _TOLERANCE = 0.01  # of the norm; two backends differ by 0.001 in float16 and 0.004 in bfloat16
 _MARGIN = 1.03  # a faster backend gains at least that much
 
-_ROUNDS, _RUNS = 3, 10
-# About two milliseconds: launches queue up behind that wait, and then follow one another as in a recorded graph.
-_WAIT_CYCLES = 4_000_000
+_ROUNDS, _RUNS = 3, 20
+_WAIT_CYCLES = 200_000  # about 0.1 ms: the graph is launched while the GPU waits
 
 _fastest: dict[tuple, str] = {}
 
@@ -43,10 +45,10 @@ _fastest: dict[tuple, str] = {}
 def _attention(q, k, v, scale, backend):
     if backend == AUTO:
         return _run(fastest(q, k, v, scale), q, k, v, scale)
-    if not _is_usable(backend, q, k, v):
+    if not _is_usable(backend, q, k, v, scale):
         raise UnsupportedError(
             f"attention={backend!r} cannot compute queries {list(q.shape)} and keys {list(k.shape)} of {q.dtype} on "
-            f"{q.device.type}; {' or '.join(usable(q, k, v))} can. Use one of them, or attention='auto'"
+            f"{q.device.type}; {' or '.join(usable(q, k, v, scale))} can. Use one of them, or attention='auto'"
         )
     return _run(backend, q, k, v, scale)
 
@@ -56,14 +58,25 @@ def _(q, k, v, scale, backend):
     return torch.empty_like(q)
 
 
-def usable(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+# The CUDA library computes it for what fits our kernel; elsewhere, as every operator of ours, by torch.
+@define("short_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+def _short_attention(q, k, v, scale):
+    return _run("math", q, k, v, scale)
+
+
+@fake("short_attention")
+def _(q, k, v, scale):
+    return torch.empty_like(q)
+
+
+def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
     """The backends that can compute these sizes on this device, and that torch's switches allow."""
-    return [name for name in BACKENDS if _is_usable(name, q, k, v)]
+    return [name for name in BACKENDS if _is_usable(name, q, k, v, scale)]
 
 
 def fastest(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
     """The fastest usable backend for these sizes, measured once in a process; ``math`` only if it is the only one."""
-    names = tuple(usable(q, k, v))
+    names = tuple(usable(q, k, v, scale))
     key = q.device, q.dtype, q.shape, k.shape, names
     if key not in _fastest:
         if len(names) <= 2 or torch.cuda.is_current_stream_capturing():
@@ -77,7 +90,7 @@ def timings(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> dict
     """Milliseconds on the GPU of each usable backend but ``math``; one that fails, or disagrees with the first that
     does not, is left out."""
     times, expected = {}, None
-    for name in usable(q, k, v)[:-1]:
+    for name in usable(q, k, v, scale)[:-1]:
         try:
             found = _run(name, q, k, v, scale).float()
         except torch.OutOfMemoryError:
@@ -90,19 +103,39 @@ def timings(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> dict
     return times
 
 
-def _is_usable(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _is_usable(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
     if name == "math":
         return True
     if not q.is_cuda:
         return name == "flash"
+    if name == "mixdq":
+        return not ops.cuda_library_missing and _fits_our_kernel(q, k, v, scale)
     if name == "cudnn" and (torch.backends.cudnn.version() or 0) < _CUDNN:
         return False
     return _CAN_USE[name](cuda.SDPAParams(q, k, v, None, 0.0, False, False))
 
 
+def _fits_our_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
+    """Half precision, 64 channels, positive scales, and rows that vectors of 16 bytes can be loaded from."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.dim() != 4 or q.shape[-1] != 64:
+        return False
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != 64 or k.shape[2] == 0:
+        return False
+    if max(q.shape[:2]) >= 65536:  # blocks of a grid
+        return False
+    return (scale is None or scale > 0) and all(t.dtype == q.dtype and _is_of_vectors(t) for t in (q, k, v))
+
+
+def _is_of_vectors(t: Tensor) -> bool:
+    walked = [stride for size, stride in zip(t.shape[:-1], t.stride(), strict=False) if size > 1]
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in walked)
+
+
 def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if name == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
+    if name == "mixdq":
+        return torch.ops.mixdq_ao.short_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
     if name == "flash" and q.is_cuda:
         return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     if name == "flash":
@@ -117,15 +150,29 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Ten
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a run, in the best of a few rounds."""
-    run()
+    """Milliseconds of a run in a recorded graph, in the best of a few rounds.
+
+    Launched one by one, a backend of several kernels would be measured by how fast the host is.
+    """
     with torch.cuda.device(device):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_ROUNDS)]
-        for start, end in events:
-            torch.cuda._sleep(_WAIT_CYCLES)
-            start.record()
-            for _ in range(_RUNS):
-                run()
-            end.record()
-        torch.cuda.synchronize()
+        stream, graph = _stream_of_timings(device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(_RUNS):
+                    run()
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_ROUNDS)]
+            for start, end in events:
+                torch.cuda._sleep(_WAIT_CYCLES)
+                start.record()
+                graph.replay()
+                end.record()
+        stream.synchronize()
     return min(start.elapsed_time(end) for start, end in events) / _RUNS
+
+
+@functools.cache
+def _stream_of_timings(device: torch.device) -> "torch.cuda.Stream":
+    """One for all: each costs memory in the libraries that have seen it."""
+    return torch.cuda.Stream(device)

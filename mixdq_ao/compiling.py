@@ -55,9 +55,10 @@ def compile(
         cuda_graphs: record each size as a CUDA graph and replay it: ``"auto"`` where that is possible (on a GPU,
             without gradients, no offloading), True to raise where it is not, False never
         passes: which rewrites to make; all by default
-        attention: which of torch's exact backends computes attention that has no mask. ``"auto"``: on a GPU the fastest
-            for each size, measured at the first call; ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"math"``: that
-            one, so that every process computes the same bits; None: the one that torch picks
+        attention: which exact backend computes attention that has no mask. ``"auto"``: on a GPU the fastest for each
+            size, measured at the first call; torch's ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"math"``, or our
+            ``"mixdq"``, for 64 channels a head: that one, so that every process computes the same bits; None: the one
+            that torch picks
         max_graphs: how many sizes to keep recorded; the one that was used longest ago goes first
         copy_outputs: give every call its own output. False saves a copy, but a call overwrites the output of the one
             before it with the same sizes

@@ -36,10 +36,18 @@ def test_the_numbers_of_torch(inputs, backend):
         assert found.stride() == torch.empty_like(inputs[0]).stride()
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "efficient"])
+@pytest.mark.parametrize("backend", ["mixdq", "cudnn", "efficient"])
 def test_a_backend_that_is_not_there(backend):
     with pytest.raises(UnsupportedError, match=r"queries \[2, 3, 9, 16\].* on cpu; flash or math can"):
         torch.ops.mixdq_ao.attention(*INPUTS["self"], None, backend)
+
+
+@pytest.mark.parametrize("dtype, channels, fits", [("half", 64, True), ("bfloat16", 64, True), ("float", 64, False),
+                                                   ("half", 32, False)])  # fmt: skip
+def test_what_our_kernel_takes(dtype, channels, fits):
+    x = [t.to(getattr(torch, dtype)) for t in heads(9, 3 * channels).split(channels, dim=-1)]
+    assert attention._fits_our_kernel(*x, None) == attention._fits_our_kernel(*x, 0.3) == fits
+    assert not attention._fits_our_kernel(*x, -0.3)
 
 
 # --- the choice, with a GPU that is made up ---------------------------------------------------------------------------
@@ -83,6 +91,7 @@ class Gpu:
     [
         ({"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}, "cudnn"),
         ({"flash": 2.0, "cudnn": 2.5, "efficient": 3.0}, "flash"),
+        ({"flash": 2.0, "mixdq": 1.0, "cudnn": 2.5, "efficient": 3.0}, "mixdq"),
         ({"flash": 1.02, "cudnn": 1.0, "efficient": 3.0}, "flash"),  # as good as equal: the simpler one
         ({"cudnn": 2.0, "efficient": 1.0}, "efficient"),
     ],

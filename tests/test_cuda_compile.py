@@ -8,7 +8,7 @@ from models import run_unet, tiny_sdxl_unet, unet_inputs
 from torch import nn
 
 import mixdq_ao
-from mixdq_ao import MixDQConfig, MixDQTensor, UnsupportedError, attention, observe, quantize_
+from mixdq_ao import MixDQConfig, MixDQTensor, UnsupportedError, attention, observe, ops, quantize_
 from mixdq_ao.evaluate import sqnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -243,6 +243,22 @@ def test_attention_can_be_chosen(unet, name, nothing_measured):
         close(block(x, None, text), fast(x, None, text))
     assert fast.recorded == 1 and fast.hits.get("attention", 0) in (0, 2)  # 0 from the cache on disk
     assert len(attention._fastest) == (2 if name == "auto" else 0)
+
+
+@pytest.mark.skipif(bool(ops.cuda_library_missing), reason=f"CUDA kernels: {ops.cuda_library_missing}")
+def test_our_own_kernel_can_be_chosen():
+    """It takes 64 channels a head, which the small model does not have."""
+
+    class Attend(nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    x, narrow = qkv(*SIZES[0]), qkv(*SIZES[0], channels=16)
+    fast = mixdq_ao.compile(Attend(), attention="mixdq")
+    with torch.no_grad():
+        assert torch.equal(fast(*x), torch.ops.mixdq_ao.attention(*x, None, "mixdq"))
+        with pytest.raises(Exception, match="attention='mixdq' cannot compute queries"):
+            fast(*narrow)
 
 
 def test_a_backend_that_cannot_compute_it():

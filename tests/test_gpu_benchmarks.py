@@ -272,10 +272,10 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
     assert {kernel for _, kernel, *_ in products} == set(gpu.KERNELS)
     split = {(kernel.name, splits) for _, kernel, splits, *_ in products}
     assert {(k.name, k.max_splits) for k in gpu.KERNELS} <= split
-    ops = {str(op) for *_, op, _ in [*products, *quantizers]}
+    ops = {str(op) for *_, op, _ in [*products, *quantizers, *sanitize.attentions()]}
     assert {name.partition(".")[2] for name in ops} >= {
         "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "conv2d_int8", "quantize", "quantize_per_token",
-        "layer_norm_quantize", "geglu_quantize", "group_norm_quantize",
+        "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
     }  # fmt: skip
 
 

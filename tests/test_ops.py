@@ -404,6 +404,7 @@ def op_cases():
         "packed": torch.randn(2, 9, 3, 48).transpose(1, 2).split(16, dim=-1),
         "contiguous": [t.contiguous() for t in (q, k, v)],
     }.items():
+        yield f"short_attention-{layout}", "short_attention", (*inputs, 0.3)
         for backend in ("flash", "math"):
             yield f"attention-{backend}-{layout}", "attention", (*inputs, None, backend)
 

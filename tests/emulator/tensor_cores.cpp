@@ -26,11 +26,15 @@ void widen(int16_t (&to)[kRowBytes], const uint8_t* row, Operands) {
   for (int i = 0; i < kRowBytes; ++i) to[i] = int8_t(row[i]);
 }
 
+float widen(uint16_t v, Operands type) {
+  return type == kHalf ? __half2float(__ushort_as_half(v)) : __bfloat162float(__ushort_as_bfloat16(v));
+}
+
 void widen(float (&to)[kRowBytes / 2], const uint8_t* row, Operands type) {
   for (int i = 0; i < kRowBytes / 2; ++i) {
     uint16_t v;
     std::memcpy(&v, row + 2 * i, 2);
-    to[i] = type == kHalf ? __half2float(__ushort_as_half(v)) : __bfloat162float(__ushort_as_bfloat16(v));
+    to[i] = widen(v, type);
   }
 }
 
@@ -128,14 +132,37 @@ void multiply_16x8x32(const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t (
   end_exchange();
 }
 
-void load_matrices(const void* row, uint32_t* (&to)[4]) {
+// PTX ISA, fragments of mma.m16n8k16 with .f16 or .bf16.
+void multiply_16x8x16(Operands type, const uint32_t (&a)[4], const uint32_t (&b)[2], float (&sums)[4]) {
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const Lanes& all = exchange(mine, sizeof mine);
+  auto value = [&](int lane, int half) { return widen(uint16_t(all.words[lane][half / 2] >> 16 * (half % 2)), type); };
+  auto a_at = [&](int m, int k) { return value(m % 8 * 4 + k % 8 / 2, k % 2 + (m >= 8) * 2 + (k >= 8) * 4); };
+  auto b_at = [&](int k, int n) { return value(n * 4 + k % 8 / 2, 8 + k % 2 + (k >= 8) * 2); };
+  const int lane = me().thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) sums[i] += a_at(m, k) * b_at(k, n);
+  }
+  end_exchange();
+}
+
+void load_matrices(const void* row, bool transposed, uint32_t* (&to)[4]) {
   const Lanes& all = exchange(&row, sizeof row);
   const int lane = me().thread % 32;
-  for (int matrix = 0; matrix < 4; ++matrix) {
+  auto row_of = [&](int i) {
     const uint8_t* from;
-    std::memcpy(&from, all.words[matrix * 8 + lane / 4], sizeof from);
+    std::memcpy(&from, all.words[i], sizeof from);
     require(in_shared(my_block(), from, 16) && shared_address(from) % 16 == 0, "where ldmatrix reads");
-    std::memcpy(to[matrix], from + lane % 4 * 4, 4);
+    return from;
+  };
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint8_t value[4];
+    for (int half = 0; half < 2; ++half) {
+      const int r = transposed ? lane % 4 * 2 + half : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + half;
+      std::memcpy(value + half * 2, row_of(matrix * 8 + r) + c * 2, 2);
+    }
+    std::memcpy(to[matrix], value, 4);
   }
   end_exchange();
 }

@@ -1,0 +1,354 @@
+// Attention for few tokens, where the time of one block is what counts: mma.sync, fed by cp.async through two stages.
+//
+// A block computes some rows of one head, 16 for each row of its warps, and the warps in a column share the keys: each
+// takes every so manieth chunk of 32, with an online softmax of its own, and in the end their sums are added. So a block
+// may have as many rows as spread the work evenly over the GPU, and all its schedulers are busy whatever that number is.
+// Keys past the last are zeros that count as minus infinity; rows past the last are zeros that are not written.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <type_traits>
+#include "attention.h"
+#include "cute/arch/copy_sm75.hpp"
+#include "cute/arch/copy_sm80.hpp"
+#include "cute/arch/mma_sm80.hpp"
+#include "device.cuh"
+
+namespace mixdq {
+namespace {
+
+constexpr int kC = kHeadChannels;
+constexpr int kRows = 16;                    // of a warp
+constexpr int kChunk = 32;                   // keys that a warp takes at once
+constexpr int kStageChunks = 4;
+constexpr int kStageKeys = kStageChunks * kChunk;
+constexpr int kRingChunks = 2 * kStageChunks;
+constexpr int kMostWarps = 16;  // more would leave too few registers for each
+constexpr int kMostKeyWarps = 4;
+// Rows lie 16 bytes further apart than they are long, so that eight of them are in different banks for ldmatrix.
+constexpr int kPitch = kC + 8;
+constexpr int kRing = kRingChunks * kChunk * kPitch;  // elements of the keys in both stages; the values follow
+constexpr int kSumsPitch = kC + 8;               // floats; rows of a fragment are in different banks
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Warps of a block: by rows of queries, and by keys.
+struct Shape {
+  int rows, keys;
+
+  int warps() const { return rows * keys; }
+  int shared_bytes() const {
+    int inputs = (rows * kRows * kPitch + 2 * kRing) * 2;
+    int sums = warps() * kRows * (kSumsPitch * 4 + int(sizeof(float2)));  // in their place, after the last stage
+    return inputs > sums ? inputs : sums;
+  }
+};
+
+template <class T>
+using Multiply = std::conditional_t<std::is_same_v<T, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                                    cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+
+template <class T>
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&d)[4]) {
+  Multiply<T>::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+}
+
+// What a lane adds to the address of 16 rows to read 16 of their columns: rows 0-7 and then 8-15, and those again 16 bytes
+// further on.
+__device__ __forceinline__ int place_of_lane() {
+  int lane = threadIdx.x % 32;
+  return lane % 16 * kPitch + lane / 16 * 8;
+}
+
+template <class Load, class T>
+__device__ __forceinline__ void read(const T* at, uint32_t (&to)[4]) {
+  Load::copy(*reinterpret_cast<const cute::uint128_t*>(at), to[0], to[1], to[2], to[3]);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pair(float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 v = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  } else {
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+}
+
+// exp2f() of the default options takes care of results that are denormal, which are 0 here.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Starts the copy of rows, those past `valid` as zeros. A thread keeps to one piece of every so manieth row.
+template <class T>
+__device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int valid, T* to) {
+  constexpr int kPieces = kC / 8;
+  int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces * 8, step = blockDim.x / kPieces;
+  from += row * stride + piece;
+  to += row * kPitch + piece;
+  int64_t next = step * stride;
+  for (; row < rows; row += step, from += next, to += step * kPitch) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(*reinterpret_cast<const uint4*>(from),
+                                                       *reinterpret_cast<uint4*>(to), row < valid);
+  }
+}
+
+// The rows of a warp over the keys that it has seen. A fragment holds columns 2t, 2t+1 of rows g and g+8, for lane 4g+t.
+template <class T>
+struct Rows {
+  uint32_t q[kC / 16][4];
+  float out[kC / 8][4] = {};
+  float most[2] = {-kInfinity, -kInfinity};  // scaled score of rows g and g+8
+  float sum[2] = {};                         // of this lane's columns
+
+  __device__ __forceinline__ void load(const T* rows) {
+#pragma unroll
+    for (int i = 0; i < kC / 16; ++i) read<cute::SM75_U32x4_LDSM_N>(rows + i * 16, q[i]);
+  }
+
+  // One chunk.
+  __device__ __forceinline__ void add(const T* keys, const T* values, int valid, float scale) {
+    int lane = threadIdx.x % 32;
+    float score[kChunk / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < kC / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kChunk / 16; ++j) {
+        uint32_t k[4];
+        read<cute::SM75_U32x4_LDSM_N>(keys + j * 16 * kPitch + i * 16, k);
+        multiply<T>(q[i], k[0], k[2], score[2 * j]);
+        multiply<T>(q[i], k[1], k[3], score[2 * j + 1]);
+      }
+    }
+    if (valid < kChunk) {
+#pragma unroll
+      for (int j = 0; j < kChunk / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (j * 8 + lane % 4 * 2 + i % 2 >= valid) score[j][i] = -kInfinity;
+        }
+      }
+    }
+    softmax(score, scale);
+    uint32_t p[kChunk / 16][4];
+#pragma unroll
+    for (int j = 0; j < kChunk / 8; ++j) {
+      p[j / 2][j % 2 * 2] = pair<T>(score[j][0], score[j][1]);
+      p[j / 2][j % 2 * 2 + 1] = pair<T>(score[j][2], score[j][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk / 16; ++j) {
+#pragma unroll
+      for (int i = 0; i < kC / 16; ++i) {
+        uint32_t v[4];
+        read<cute::SM75_U16x8_LDSM_T>(values + j * 16 * kPitch + i * 16, v);
+        multiply<T>(p[j], v[0], v[1], out[2 * i]);
+        multiply<T>(p[j], v[2], v[3], out[2 * i + 1]);
+      }
+    }
+  }
+
+  // Scores to probabilities, up to the factor that all keys seen so far share.
+  __device__ __forceinline__ void softmax(float (&score)[kChunk / 8][4], float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = -kInfinity;
+#pragma unroll
+      for (int j = 0; j < kChunk / 8; ++j) high = fmaxf(high, fmaxf(score[j][2 * half], score[j][2 * half + 1]));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+      high = fmaxf(most[half], high * scale);
+      float factor = exp2_fast(most[half] - high), added = 0.f;
+      most[half] = high;
+#pragma unroll
+      for (int j = 0; j < kChunk / 8; ++j) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          score[j][i] = exp2_fast(fmaf(score[j][i], scale, -high));
+          added += score[j][i];
+        }
+      }
+      sum[half] = sum[half] * factor + added;
+#pragma unroll
+      for (int i = 0; i < kC / 8; ++i) out[i][2 * half] *= factor, out[i][2 * half + 1] *= factor;
+    }
+  }
+
+  // The sums of each row, and its largest score beside the sum of its probabilities.
+  __device__ __forceinline__ void put(float* sums, float2* ranges) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float s = sum[half];
+      s += __shfl_xor_sync(~0u, s, 1);
+      s += __shfl_xor_sync(~0u, s, 2);
+      if (t == 0) ranges[g + half * 8] = make_float2(most[half], s);
+#pragma unroll
+      for (int i = 0; i < kC / 8; ++i) {
+        *reinterpret_cast<float2*>(sums + (g + half * 8) * kSumsPitch + i * 8 + t * 2) =
+            make_float2(out[i][2 * half], out[i][2 * half + 1]);
+      }
+    }
+  }
+};
+
+// Adds what the warps of the same rows have found and writes `rows` rows.
+template <class T>
+__device__ __forceinline__ void write_rows(const float* sums, const float2* ranges, Shape warps, T* out, int64_t stride,
+                                           int rows) {
+  constexpr int kVectors = kC / 4;
+  for (int i = threadIdx.x; i < rows * kVectors; i += blockDim.x) {
+    int row = i / kVectors, column = i % kVectors * 4;
+    float high = -kInfinity, sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < kMostKeyWarps; ++k) {
+      if (k < warps.keys) high = fmaxf(high, ranges[k * warps.rows * kRows + row].x);
+    }
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int k = 0; k < kMostKeyWarps; ++k) {
+      if (k >= warps.keys) break;
+      int at = k * warps.rows * kRows + row;
+      float2 range = ranges[at];
+      float factor = exp2_fast(range.x - high);
+      float4 add = *reinterpret_cast<const float4*>(sums + at * kSumsPitch + column);
+      sum += range.y * factor;
+      total.x += add.x * factor, total.y += add.y * factor, total.z += add.z * factor, total.w += add.w * factor;
+    }
+    float f = __fdividef(1.f, sum);
+    *reinterpret_cast<uint2*>(out + row * stride + column) =
+        make_uint2(pair<T>(total.x * f, total.y * f), pair<T>(total.z * f, total.w * f));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* head(T* data, const int64_t (&stride)[3]) {
+  return data + blockIdx.z * stride[0] + blockIdx.y * stride[1];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant__ Attention p, Shape warps) {
+  extern __shared__ __align__(16) int8_t shared[];
+  T *q = reinterpret_cast<T*>(shared), *keys = q + warps.rows * kRows * kPitch;
+  int64_t row0 = int64_t(blockIdx.x) * warps.rows * kRows;
+  int rows = int(min(p.queries - row0, int64_t(warps.rows * kRows)));
+  int chunks = (p.keys + kChunk - 1) / kChunk;
+  int warp = threadIdx.x / 32, warp_k = warp / warps.rows, warp_row = warp % warps.rows;
+
+  auto copy = [&](int chunk) {  // and what else is of its stage
+    int64_t first = int64_t(chunk) * kChunk;
+    int valid = int(min(p.keys - first, int64_t(kStageKeys)));
+    int count = (valid + kChunk - 1) / kChunk * kChunk;
+    const T* k = head(static_cast<const T*>(p.k), p.k_stride);
+    const T* v = head(static_cast<const T*>(p.v), p.v_stride);
+    T* to = keys + chunk % kRingChunks * kChunk * kPitch;
+    copy_rows(k + first * p.k_stride[2], p.k_stride[2], count, valid, to);
+    copy_rows(v + first * p.v_stride[2], p.v_stride[2], count, valid, to + kRing);
+  };
+
+  wait_for_previous();
+  let_next_start();
+  copy_rows(head(static_cast<const T*>(p.q), p.q_stride) + row0 * p.q_stride[2], p.q_stride[2], warps.rows * kRows,
+            rows, q);
+  copy(0);
+  cute::cp_async_fence();
+  if (kStageChunks < chunks) copy(kStageChunks);
+  cute::cp_async_fence();
+
+  Rows<T> found;
+  cute::cp_async_wait<1>();
+  __syncthreads();
+  found.load(q + warp_row * kRows * kPitch + place_of_lane());
+  int chunk = warp_k;
+#pragma unroll 1
+  for (int first = 0; first < chunks; first += kStageChunks) {
+#pragma unroll 1
+    for (; chunk < min(chunks, first + kStageChunks); chunk += warps.keys) {
+      const T* at = keys + chunk % kRingChunks * kChunk * kPitch + place_of_lane();
+      found.add(at, at + kRing, p.keys - chunk * kChunk, p.scale);
+    }
+    if (first + kRingChunks < chunks) {
+      __syncthreads();
+      copy(first + kRingChunks);
+    }
+    cute::cp_async_fence();  // also where there is nothing left: the wait counts groups
+    cute::cp_async_wait<1>();
+    __syncthreads();
+  }
+
+  float* sums = reinterpret_cast<float*>(shared);
+  float2* ranges = reinterpret_cast<float2*>(sums + warps.rows * warps.keys * kRows * kSumsPitch);
+  found.put(sums + warp * kRows * kSumsPitch, ranges + warp * kRows);
+  __syncthreads();
+  T* out = head(static_cast<T*>(p.out), p.out_stride) + row0 * p.out_stride[2];
+  write_rows(sums, ranges, warps, out, p.out_stride[2], rows);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cycles of the multiprocessor that has most to do, roughly. Its blocks come one or two at a time, by their registers and
+// shared memory: they begin, compute what tensor cores and shared memory take equally long for, or the chunks of a single
+// warp one after another, or wait for keys and values; then they add their sums.
+int64_t estimate(const Attention& p, Shape warps, int sm_count) {
+  constexpr int64_t kBegin = 1000, kMath = 256, kLatency = 700, kLoad = 128, kSums = 64;
+  int64_t blocks = ceil_div(ceil_div(p.queries, warps.rows * kRows) * p.heads * p.batch, sm_count);
+  int64_t together = std::min<int64_t>(blocks, warps.warps() <= kMostWarps / 2 ? 2 : 1), chunks = ceil_div(p.keys, kChunk);
+  int64_t in_turn = ceil_div(chunks, warps.keys);
+  int64_t math = in_turn * std::max(ceil_div(warps.warps() * together, 4) * kMath, kLatency);
+  int64_t wave = kBegin + std::max(math, chunks * together * kLoad) + warps.warps() * together * kSums;
+  return ceil_div(blocks, together) * wave;
+}
+
+// MIXDQ_ATTENTION, as rows:keys, is for measurements and tests.
+Shape choose(const Attention& p, int sm_count) {
+  Shape best = {1, 1};
+  if (const char* wanted = std::getenv("MIXDQ_ATTENTION"); wanted && *wanted) {
+    return std::sscanf(wanted, "%d:%d", &best.rows, &best.keys) == 2 ? best : Shape{0, 0};
+  }
+  int64_t least = INT64_MAX;
+  for (int keys = 1; keys <= kMostKeyWarps; ++keys) {
+    for (int rows = 1; rows * keys <= kMostWarps; ++rows) {
+      int64_t cycles = estimate(p, {rows, keys}, sm_count);
+      if (cycles < least) best = {rows, keys}, least = cycles;
+    }
+  }
+  return best;
+}
+
+template <class T>
+cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
+  // More shared memory than 48 KiB has to be asked for, once on each device.
+  static std::atomic<uint64_t> asked{0};
+  uint64_t bit = on.device < 64 ? uint64_t(1) << on.device : 0;
+  if (!(asked.load() & bit)) {
+    constexpr int kMost = 99 * 1024;  // sm_86 and sm_89 have no more
+    cudaError_t error = cudaFuncSetAttribute(attend<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
+    if (error != cudaSuccess) return error;
+    asked |= bit;
+  }
+  Grid grid = {dim3(unsigned(ceil_div(p.queries, warps.rows * kRows)), unsigned(p.heads), unsigned(p.batch)),
+               dim3(unsigned(warps.warps() * 32)), warps.shared_bytes()};
+  Attention given = p;
+  given.scale *= 1.4426950408889634f;  // log2(e), for powers of 2
+  return launch(attend<T>, grid, on, given, warps);
+}
+
+}  // namespace
+
+cudaError_t attention(const Attention& p, const Stream& on) {
+  Shape warps = choose(p, on.sm_count);
+  bool fits = warps.rows >= 1 && warps.keys >= 1 && warps.keys <= kMostKeyWarps && warps.warps() <= kMostWarps;
+  if (!fits || p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
+  return p.type == Float::f16 ? run<__half>(p, warps, on) : run<__nv_bfloat16>(p, warps, on);
+}
+
+}  // namespace mixdq

@@ -1,0 +1,52 @@
+// The operator of the attention kernel. What it computes is said in mixdq_ao/attention.py.
+#include "attention.h"
+
+#include "ops/call.h"
+
+namespace mixdq {
+namespace {
+
+// Strides of batch, heads and tokens; what is not walked has none.
+void set_strides(const Call& call, const View& v, const char* name, int64_t multiple, int64_t (&stride)[3]) {
+  STD_TORCH_CHECK(v.stride[3] == 1, call.op(), ": the channels of ", name, " must lie side by side");
+  bool fits = reinterpret_cast<uintptr_t>(v.data) % (2 * multiple) == 0;
+  for (int i = 0; i < 3; ++i) {
+    stride[i] = v.size[i] == 1 ? 0 : v.stride[i];
+    fits &= stride[i] % multiple == 0;
+  }
+  STD_TORCH_CHECK(fits, call.op(), ": each row of ", name, " must begin at a multiple of ", 2 * multiple, " bytes");
+}
+
+Tensor short_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  Call call("short_attention", q);
+  View views[3] = {call.look(q, "q"), call.look(k, "k"), call.look(v, "v")};
+  const View &vq = views[0], &vk = views[1], &vv = views[2];
+  for (const View& view : views) {
+    bool fits = view.dims == 4 && view.dtype == vq.dtype && view.size[0] == vq.size[0] && view.size[1] == vq.size[1] &&
+                view.size[2] == (&view == &vq ? vq : vk).size[2] && view.size[3] == kHeadChannels;
+    STD_TORCH_CHECK(fits, call.op(), ": q, k and v must be [batch, heads, tokens, ", kHeadChannels, "] of one dtype");
+  }
+  STD_TORCH_CHECK(vq.size[0] < 65536 && vq.size[1] < 65536 && vq.size[2] <= INT32_MAX && vk.size[2] <= INT32_MAX,
+                  call.op(), ": too many images, heads or tokens");
+  STD_TORCH_CHECK(vk.size[2] > 0 && scale > 0, call.op(), ": needs a key, and a scale above 0");
+  Attention p;
+  p.type = call.float_type(vq.dtype, "q");
+  STD_TORCH_CHECK(p.type != Float::f32, call.op(), ": q, k and v must be float16 or bfloat16");
+  p.batch = int(vq.size[0]), p.heads = int(vq.size[1]), p.queries = int(vq.size[2]), p.keys = int(vk.size[2]);
+  p.scale = float(scale);
+  Tensor out = torch::stable::empty_like(q);
+  View o = call.look(out, "the output");
+  if (o.numel() == 0) return out;
+  p.q = vq.data, p.k = vk.data, p.v = vv.data, p.out = o.data;
+  set_strides(call, vq, "q", 8, p.q_stride);
+  set_strides(call, vk, "k", 8, p.k_stride);
+  set_strides(call, vv, "v", 8, p.v_stride);
+  set_strides(call, o, "the output", 4, p.out_stride);
+  call.check(attention(p, call.on()), "the kernel");
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixdq_ao, CUDA, m) { m.impl("short_attention", TORCH_BOX(&short_attention_op)); }
+
+}  // namespace
+}  // namespace mixdq
