@@ -147,27 +147,32 @@ constexpr bool kEarlyResiduals = C::kBlocksM * C::kTileN <= 160;
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 
-// Buffers of a warp in shared memory, which take turns: kChunk columns of its rows, as the tensor map of the output has
-// them, from where a bulk copy takes them away.
+// Buffers of a warp in shared memory: each for kChunk columns of its rows, as the tensor map of the output has them, from
+// where a bulk copy takes them away. They take turns; a block's only tile fills them all before any copy begins.
 template <class C>
 struct Staging {
   uint8_t* memory;
   int turn = 0;
 
-  __device__ __forceinline__ uint8_t* next() {
+  __device__ __forceinline__ uint8_t* next(int c0) {
+    if (C::kOneTile) return memory + c0 / C::kChunk * C::kBufferBytes;
     if (C::kBuffers > 1) turn ^= 1;
     if (threadIdx.x % 32 == 0) cute::tma_store_wait<C::kBuffers - 1>();  // what was in this one has been read
     __syncwarp();
     return memory + turn * C::kBufferBytes;
   }
+  // Copies columns first to end, whose buffers begin there.
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int c0) {
+                                       int first, int end) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (at.lane == 0) {
-      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c0) * 2, at.row0);
-      cute::tma_store_arrive();
+    if (at.lane) return;
+    if (at.row0 < p.m) {
+      for (int c = first; c < end; c += C::kChunk, buffer += C::kBufferBytes) {
+        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c) * 2, at.row0);
+      }
     }
+    cute::tma_store_arrive();
   }
   // Shared memory must outlive what is still to be read there.
   __device__ __forceinline__ void finish() const {
@@ -197,7 +202,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
     if (c0 >= at.columns) break;
     Residuals<C, C::kChunk> late;
     if (kResidual && !kEarlyResiduals<C>) late.load(p, at, c0);
-    uint8_t* buffer = staging.next();
+    uint8_t* buffer = staging.next(c0);
 #pragma unroll
     for (int c = 0; c < C::kChunk; c += 16) {
       ChannelEpilogue channels[2][2];
@@ -227,8 +232,9 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    staging.send(p, t, at, buffer, c0);
+    if (!C::kOneTile) staging.send(p, t, at, buffer, c0, c0 + C::kChunk);
   }
+  if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
 }
 
 // What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the

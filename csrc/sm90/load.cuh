@@ -5,10 +5,6 @@
 
 namespace mixdq::sm90 {
 
-struct Reduction {
-  int begin, count;
-};
-
 // A step of it: a block of the channels of one tap. Counted on: one thread loads for all and has no time to divide.
 struct Step {
   int block, tap, r, s;

@@ -88,7 +88,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     if (kEarlyResiduals<C> && p.bulk_out && p.residual && splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
-    multiply(sm, turn, r.count, row0, sums, -1, p.splits);
+    multiply(p, sm, turn, r, row0, sums);
     loads.store(columns);
     cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
     if (splits == 1) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     Sums<C> sums;
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
-    multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
+    multiply(p, sm, turn, r, row0, sums, pass ? 1 - group : -1);
     sync_group(group);  // every warp is done with the columns of the tile before
     loads.store(columns);
     sync_group(group);
@@ -200,6 +200,8 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.tiles_m = (p.m + C::kTileM - 1) / C::kTileM;
   p.channel_blocks = (problem.x.channels + C::kTileK - 1) / C::kTileK;
   p.k_tiles = problem.taps() * p.channel_blocks;
+  const int last_bytes = problem.x.channels * C::Math::kBytes - (p.channel_blocks - 1) * kRowBytes;
+  p.last_instructions = (last_bytes + kStepBytes - 1) / kStepBytes;
   if (C::kSharing) {
     p.tiles_m = (p.tiles_m + splits - 1) / splits * splits;
   } else {

@@ -52,7 +52,8 @@ struct Config {
   static constexpr int fit(int buffers) {
     return (kBudget - (1024 + staging_bytes(buffers) + kVectorBytes + 512)) / kStageBytes;
   }
-  static constexpr int kBuffers = fit(2) < fit(1) ? 1 : 2;  // a second one is not worth a stage
+  // One tile has buffers for all of it. Else a second one, if that does not cost a stage.
+  static constexpr int kBuffers = kOneTile ? TileN / kChunk : fit(2) < fit(1) ? 1 : 2;
   static constexpr int kStagingBytes = staging_bytes(kBuffers);
   static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
   static constexpr int kStages = fit(kBuffers) < 8 ? fit(kBuffers) : 8;
@@ -72,6 +73,7 @@ struct Params {
   int splits;  // of the reduction; of a sharing kernel, the blocks of a cluster
   int m;
   int k_tiles, channel_blocks;
+  int last_instructions;                    // that the channels of a tap's last step need
   int packed_tile;                          // bytes of a channel block as it is stored
   int shift;                                // of sums of packed weights
   float unscale;                            // the same as a factor, for floating sums
@@ -90,6 +92,11 @@ struct Params {
   int64_t out_stride;
   bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
   bool bulk_out;     // and by bulk copies: 16-bit outputs and, if there is one, an aligned residual of their type
+};
+
+// Steps of a tile's reduction.
+struct Reduction {
+  int begin, count;
 };
 
 struct Tile {
