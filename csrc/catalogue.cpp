@@ -1,12 +1,14 @@
 #include "catalogue.h"
 
 #include <algorithm>
+#include <array>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
 #include <string_view>
+#include <unordered_map>
 
 // Whether sm90/ was compiled, which only sm_90a can run.
 #ifndef MIXDQ_SM90
@@ -107,11 +109,49 @@ Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = 
   return {find_kernel("direct"), 1, false};
 }
 
+// All of a problem that a choice can depend on: sizes and strides, and of addresses how they are aligned.
+static_assert(kMaxWeights == 4);
+using Facts = std::array<int64_t, 28>;
+
+Facts facts_of(const Matmul& p, int arch, int sm_count) {
+  uintptr_t weights = 0;
+  int64_t n[kMaxWeights] = {};
+  for (int i = 0; i < p.weight_count; ++i) {
+    weights |= reinterpret_cast<uintptr_t>(p.weights[i].data);
+    n[i] = p.weights[i].n;
+  }
+  const Image& x = p.x;
+  const Window& w = p.window;
+  const int64_t alignment[] = {int64_t(reinterpret_cast<uintptr_t>(x.data) % 16), int64_t(weights % 16)};
+  return {x.batch,     x.height,     x.width,      x.channels,   x.stride_n,     x.stride_h,   x.stride_w,
+          w.r,         w.s,          w.stride_h,   w.stride_w,   w.dilation_h,   w.dilation_w, p.out_h,
+          p.out_w,     p.floating,   p.bits,       p.pitch(),    p.weight_count, n[0],         n[1],
+          n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type)};
+}
+
+struct FactsHash {
+  size_t operator()(const Facts& facts) const {
+    uint64_t hash = 0;
+    for (int64_t fact : facts) hash = (hash ^ uint64_t(fact)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 29;
+    return hash;
+  }
+};
+
 // Splits as the kernel takes them: a power of two, at most its largest.
 int allowed_splits(const Kernel& kernel, int wanted) {
   int splits = 1;
   while (splits * 2 <= std::min(wanted, kernel.max_splits)) splits *= 2;
   return splits;
+}
+
+Choice by_table_or_rule(const Matmul& p, int arch, int sm_count) {
+  if (const Tuned* row = p.floating ? nullptr : nearest(tuning_table(), p, arch)) {
+    int i = find_kernel(row->kernel);
+    if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
+      return {i, allowed_splits(catalogue()[i], row->splits), true};
+    }
+  }
+  return by_rule(p, arch, sm_count);
 }
 
 Choice by_environment(const char* wanted, const Matmul& p, int arch) {
@@ -254,13 +294,13 @@ Choice select(const Matmul& p, int arch, int sm_count) {
     Choice forced = by_environment(wanted, p, arch);
     if (forced.kernel >= 0) return forced;
   }
-  if (const Tuned* row = p.floating ? nullptr : nearest(tuning_table(), p, arch)) {
-    int i = find_kernel(row->kernel);
-    if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
-      return {i, allowed_splits(catalogue()[i], row->splits), true};
-    }
-  }
-  return by_rule(p, arch, sm_count);
+  // A choice takes longer than all else that an operator does by itself, and a model has but a few hundred problems.
+  constexpr size_t kMost = 4096;
+  static thread_local std::unordered_map<Facts, Choice, FactsHash> known;
+  const Facts facts = facts_of(p, arch, sm_count);
+  if (auto found = known.find(facts); found != known.end()) return found->second;
+  if (known.size() == kMost) known.clear();
+  return known[facts] = by_table_or_rule(p, arch, sm_count);
 }
 
 std::string Matmul::str() const {

@@ -9,9 +9,7 @@ from torch import Tensor
 from mixdq_ao import ops
 from mixdq_ao.errors import MixDQError, UnsupportedError
 
-# How near the first token must be to bos_input, relative to the largest |bos_input|: text encoders in fp16 and bf16
-# round differently from run to run, while another token or a zeroed prompt is far away.
-BOS_TOLERANCE = 2**-6
+_op = torch.ops.mixdq_ao
 
 
 def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, weight_sum: Tensor):
@@ -24,44 +22,50 @@ def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, 
 
 def linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
+    if torch.compiler.is_compiling():
+        return _linear_traced(x, w, _checked_for_linear(x, w, bias))
+    if x.is_cuda and not ops.cuda_library_missing:
+        try:  # The CUDA library checks what it is given, much faster.
+            return _linear_eager(x, w, bias)
+        except RuntimeError:
+            pass  # What is wrong is said in the layer's words, else again in the operator's.
+    return _linear_eager(x, w, _checked_for_linear(x, w, bias))
+
+
+def _linear_eager(x: Tensor, w, bias: Tensor | None) -> Tensor:
+    """One operator, whatever the layer has: each call from Python costs as much as a small kernel."""
+    if w.act_bits is None:
+        return _op.linear_weight_only.default(
+            x, w.qdata, w.scale, bias, w.bits, w.input_groups, w.bos_input, w.bos_output
+        )
+    if w.act_scale is None:
+        return _op.quantized_linear_dynamic.default(
+            x, w.act_bits, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, w.bos_input, w.bos_output
+        )
+    return _op.quantized_linear.default(
+        x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups,
+        w.bos_input, w.bos_output,
+    )  # fmt: skip
+
+
+def _linear_traced(x: Tensor, w, bias: Tensor | None) -> Tensor:
+    """Quantizer and BOS row as aten arithmetic, which Inductor fuses with what is around them."""
+    if w.act_bits is None:
+        y = _op.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
+    elif w.act_scale is None:
+        xq, *ranges = ops.quantize_per_token_traced(x, w.act_bits, w.input_groups)
+        y = _op.linear_int8_dynamic(xq, *ranges, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype)
+    else:
+        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+        y = _op.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
+    return ops.with_bos_row(y, x, w.bos_input, w.bos_output)
+
+
+def _checked_for_linear(x: Tensor, w, bias: Tensor | None) -> Tensor | None:
     bias = _checked_operands(x, w, bias, 2, "F.linear")
     if x.shape[-1] != sum(w.input_groups):
         raise MixDQError(f"F.linear: the input's last dimension must be {w.shape[1]}; found shape {list(x.shape)}")
-    if w.act_bits is None:
-        y = torch.ops.mixdq_ao.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
-    elif w.act_scale is None:
-        y = _linear_dynamic(x, w, bias)
-    elif torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
-        y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
-    else:
-        y = torch.ops.mixdq_ao.quantized_linear(
-            x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups
-        )
-    return y if w.bos_output is None else with_bos_row(y, x, w.bos_input, w.bos_output)
-
-
-def _linear_dynamic(x: Tensor, w, bias: Tensor | None) -> Tensor:
-    per_token = (
-        ops.quantize_per_token_traced if torch.compiler.is_compiling() else torch.ops.mixdq_ao.quantize_per_token
-    )
-    xq, x_scale, x_zero_point = per_token(x, w.act_bits, w.input_groups)
-    return torch.ops.mixdq_ao.linear_int8_dynamic(
-        xq, x_scale, x_zero_point, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype
-    )
-
-
-def with_bos_row(y: Tensor, x: Tensor, bos_input: Tensor | None, bos_output: Tensor) -> Tensor:
-    """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``. A 2-D input is one sample."""
-    if x.dim() < 2 or x.shape[-2] == 0:
-        return y
-    first = bos_output.to(y.dtype).expand_as(y[..., 0, :])
-    if bos_input is not None:
-        bos = bos_input.float()
-        distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
-        first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
-    y[..., 0, :] = first
-    return y
+    return bias
 
 
 def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
@@ -82,19 +86,17 @@ def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor
             f"{[height, width]}"
         )
     if w.act_bits is None:
-        return torch.ops.mixdq_ao.conv2d_weight_only(
-            x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups
-        )
+        return _op.conv2d_weight_only.default(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
     if w.act_scale is None:
         act_scale, act_zero_point, alpha, beta = _dynamic_conv_range(x, w)
     else:
         act_scale, act_zero_point, alpha, beta = w.act_scale, w.act_zero_point, w.alpha, w.beta
     if torch.compiler.is_compiling():
         xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
-        return torch.ops.mixdq_ao.conv2d_int8(
+        return _op.conv2d_int8.default(
             xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype
         )
-    return torch.ops.mixdq_ao.quantized_conv2d(
+    return _op.quantized_conv2d.default(
         x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
         w.input_groups,
     )  # fmt: skip
@@ -108,6 +110,8 @@ def _dynamic_conv_range(x: Tensor, w):
 
 def _checked_operands(x, w, bias: Tensor | None, dim: int, op: str) -> Tensor | None:
     """The bias, or None where there is none. Asks ``w.qdata`` what it can: properties of a subclass are slow."""
+    if type(x) is type(w):
+        raise UnsupportedError(f"{op}: only the weight may be a quantized tensor")
     qdata = w.qdata
     if qdata.dim() != dim:
         raise MixDQError(f"{op}: the quantized weight has shape {list(w.shape)}, which is not {dim}-dimensional")

@@ -147,6 +147,13 @@ MISTAKES = [
         "layer_norm_quantize",
     ),
     Mistake(
+        "a known first row is written before the product under it",
+        "bos.cu",
+        r"wait_for_previous\(\);\n  let_next_start\(\);\n",
+        "",
+        "known_first",
+    ),
+    Mistake(
         "pixels do not share the residual of their image",
         "rows.cu",
         r"residual_row\(p, my_row\)",
