@@ -35,21 +35,6 @@ __device__ __forceinline__ void release(const Shared<C>& sm, int stage, int bloc
   }
 }
 
-constexpr int kInstructions = kRowBytes / kStepBytes;  // of a step
-
-template <class C, int kMost>
-__device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, Sums<C>& sums, bool add, int count) {
-#pragma unroll
-  for (int s = 0; s < kMost; ++s) {
-    if (s >= count) break;
-#pragma unroll
-    for (int i = 0; i < C::kBlocksM; ++i) {
-      wgmma<typename C::Math, C::kTileN>(a + i * 64 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
-                                         add || s > 0);
-    }
-  }
-}
-
 __device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarrier::sync(kGroup, 1 + group); }
 
 // Ping-pong: a group begins to multiply when the other one has seen the last stage of its own tile. A stage's barrier
@@ -57,38 +42,39 @@ __device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarr
 __device__ __forceinline__ void await_turn(int group) { cutlass::arch::NamedBarrier::sync(2 * kGroup, 3 + group); }
 __device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 3 + group); }
 
-// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one.
+// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one. `blocks`:
+// of the cluster, in a sharing kernel.
 template <class C>
-__device__ __forceinline__ void multiply(const Params& p, const Shared<C>& sm, Turn<C>& turn, Reduction r, int row0,
-                                         Sums<C>& sums, int next = -1) {
+__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
+                                         int blocks = 1, int next = -1) {
   // A block that shares may end before the others: what nobody waits for is not told them.
-  const int released = C::kSharing ? r.count - C::kStages : r.count;
-  int before = 0, block = r.begin % p.channel_blocks;
-  for (int k = 0; k < r.count; ++k) {
+  const int released = C::kSharing ? count - C::kStages : count;
+  int before = 0;
+  for (int k = 0; k < count; ++k) {
     FullBarrier::wait(sm.full(turn.stage), turn.phase);
     uint64_t a = input_descriptor<C>(sm.input(turn.stage) + row0 * kRowBytes);
     uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)), 1);
     fence_sums<C>(sums);
     cute::warpgroup_arrive();
-    // A tap's last channels may fill a part of a step: 320 are two and a half of them.
-    const bool whole = ++block < p.channel_blocks || p.last_instructions == kInstructions;
-    if (block == p.channel_blocks) block = 0;
-    if (whole) {
-      multiply_step<C, kInstructions>(a, b, sums, k > 0, kInstructions);
-    } else {
-      multiply_step<C, kInstructions - 1>(a, b, sums, k > 0, p.last_instructions);
+#pragma unroll
+    for (int s = 0; s < kRowBytes / kStepBytes; ++s) {
+#pragma unroll
+      for (int i = 0; i < C::kBlocksM; ++i) {
+        wgmma<typename C::Math, C::kTileN>(a + i * 64 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
+                                           k > 0 || s > 0);
+      }
     }
     cute::warpgroup_commit_batch();
     fence_sums<C>(sums);
     cute::warpgroup_wait<1>();
-    if (k > 0 && k <= released) release(sm, before, p.splits);
+    if (k > 0 && k <= released) release(sm, before, blocks);
     before = turn.stage;
     turn.step();
   }
   if (next >= 0) pass_turn(next);
   cute::warpgroup_wait<0>();
   fence_sums<C>(sums);
-  if (!C::kSharing) release(sm, before, p.splits);
+  if (!C::kSharing) release(sm, before, blocks);
 }
 
 }  // namespace mixdq::sm90

@@ -73,7 +73,6 @@ struct Params {
   int splits;  // of the reduction; of a sharing kernel, the blocks of a cluster
   int m;
   int k_tiles, channel_blocks;
-  int last_instructions;                    // that the channels of a tap's last step need
   int packed_tile;                          // bytes of a channel block as it is stored
   int shift;                                // of sums of packed weights
   float unscale;                            // the same as a factor, for floating sums
