@@ -87,6 +87,28 @@ def test_wrong_device_is_a_clear_error():
         F.linear(torch.randn(2, 16, device="cuda"), w)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_wrong_arguments_are_told_in_the_words_of_the_layer(activation, monkeypatch):
+    """Where the library checks them, and not the layer, which here takes a CPU's tensors for those of a GPU."""
+    if not ON_GPU:
+        monkeypatch.setattr(mixdq_ao.ops, "cuda_library_missing", "")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    w = MixDQTensor.from_float(torch.randn(8, 16, device=DEVICE), **ACTIVATIONS[activation])
+    x = torch.randn(2, 16, device=DEVICE)
+    wrong = {
+        r"F.linear: the input's last dimension must be 16; found shape \[2, 15\]": lambda: F.linear(x[:, :15], w),
+        "F.linear: the input must be floating; found torch.int64": lambda: F.linear(x.long(), w),
+        r"F.linear: the bias must have 8 values; found shape \[5\]": lambda: F.linear(x, w, x[0, :5]),
+        "F.linear: only the weight may be a quantized tensor": lambda: F.linear(w, w),
+        "the input must be float16, bfloat16 or float32 on CUDA": lambda: F.linear(x.double(), w),
+    }
+    with kernels():
+        for message, call in wrong.items():
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                call()
+        assert torch.equal(F.linear(x, w, x.new_empty(0)), F.linear(x, w))
+
+
 def moved(inputs: dict) -> dict:
     return {k: moved(v) if isinstance(v, dict) else v.to(DEVICE) for k, v in inputs.items()}
 
