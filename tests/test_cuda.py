@@ -102,11 +102,22 @@ def test_wrong_arguments_are_told_in_the_words_of_the_layer(activation, monkeypa
         "F.linear: only the weight may be a quantized tensor": lambda: F.linear(w, w),
         "the input must be float16, bfloat16 or float32 on CUDA": lambda: F.linear(x.double(), w),
     }
+    c = MixDQTensor.from_float(torch.randn(8, 16, 3, 3, device=DEVICE), **ACTIVATIONS[activation])
+    image = torch.randn(1, 16, 5, 5, device=DEVICE)
+    wrong |= {
+        r"F.conv2d: the input must be \[batch, 16, height, width\]": lambda: F.conv2d(image[:, :15], c),
+        "F.conv2d: the input must be floating; found torch.int64": lambda: F.conv2d(image.long(), c),
+        r"F.conv2d: the bias must have 8 values; found shape \[5\]": lambda: F.conv2d(image, c, x[0, :5]),
+        r"F.conv2d: the kernel \[3, 3\] with dilation \[1, 1\] does not fit": lambda: F.conv2d(image[..., :2], c),
+        "F.conv2d: stride must be at least 1; found 0": lambda: F.conv2d(image, c, stride=0),
+        "F.conv2d: the quantized weight has shape": lambda: F.conv2d(image, w, padding="same"),
+    }
     with kernels():
         for message, call in wrong.items():
             with pytest.raises((ValueError, RuntimeError), match=message):
                 call()
         assert torch.equal(F.linear(x, w, x.new_empty(0)), F.linear(x, w))
+        assert torch.equal(F.conv2d(image[0], c), F.conv2d(image, c)[0])
 
 
 def moved(inputs: dict) -> dict:
