@@ -3,6 +3,8 @@
 ``w`` is a ``tensor.MixDQTensor``, of which only inner tensors and attributes are read: its shape and dtype are slow.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -70,11 +72,42 @@ def _checked_for_linear(x: Tensor, w, bias: Tensor | None) -> Tensor | None:
 
 def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """``F.conv2d``: ``[batch, in, height, width]``, or without batch, in the dtype of ``x``."""
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation, groups).squeeze(0)
+    given = bias, stride, padding, dilation
+    if torch.compiler.is_compiling():
+        return _conv2d_traced(x, w, *_checked_for_conv2d(x, w, *given, groups))
+    if x.is_cuda and groups == 1 and not ops.cuda_library_missing:
+        try:  # As in linear(). Lists, which cannot be looked up, are a TypeError.
+            return _conv2d_eager(x, w, bias, *_known_geometry(w.qdata.shape[2:], stride, padding, dilation))
+        except (RuntimeError, TypeError, ValueError):
+            pass
+    return _conv2d_eager(x, w, *_checked_for_conv2d(x, w, *given, groups))
+
+
+def _conv2d_eager(x: Tensor, w, bias: Tensor | None, stride, dilation, pad) -> Tensor:
+    if w.act_bits is None:
+        return _op.conv2d_weight_only.default(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
+    act_scale, act_zero_point, alpha, beta = _conv_range(x, w)
+    return _op.quantized_conv2d.default(
+        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
+        w.input_groups,
+    )  # fmt: skip
+
+
+def _conv2d_traced(x: Tensor, w, bias: Tensor | None, stride, dilation, pad) -> Tensor:
+    if w.act_bits is None:
+        return _op.conv2d_weight_only(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
+    act_scale, act_zero_point, alpha, beta = _conv_range(x, w)
+    xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
+    return _op.conv2d_int8(xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype)
+
+
+def _checked_for_conv2d(x, w, bias, stride, padding, dilation, groups) -> tuple:
+    """Bias, stride, dilation and padding as the operators take them."""
     bias = _checked_operands(x, w, bias, 4, "F.conv2d")
     if groups != 1:
         raise UnsupportedError(f"F.conv2d: grouped convolutions cannot be quantized; found groups={groups}")
-    if x.dim() == 3:
-        return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation).squeeze(0)
     channels, kernel = sum(w.input_groups), w.qdata.shape[2:]
     if x.dim() != 4 or x.shape[1] != channels:
         raise MixDQError(f"F.conv2d: the input must be [batch, {channels}, height, width]; found shape {list(x.shape)}")
@@ -85,21 +118,14 @@ def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor
             f"F.conv2d: the kernel {list(kernel)} with dilation {list(dilation)} does not fit into the padded input "
             f"{[height, width]}"
         )
-    if w.act_bits is None:
-        return _op.conv2d_weight_only.default(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
-    if w.act_scale is None:
-        act_scale, act_zero_point, alpha, beta = _dynamic_conv_range(x, w)
-    else:
-        act_scale, act_zero_point, alpha, beta = w.act_scale, w.act_zero_point, w.alpha, w.beta
-    if torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
-        return _op.conv2d_int8.default(
-            xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype
-        )
-    return _op.quantized_conv2d.default(
-        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
-        w.input_groups,
-    )  # fmt: skip
+    return bias, stride, dilation, pad
+
+
+def _conv_range(x: Tensor, w) -> tuple:
+    """Scale and zero point of the input, and the epilogue's alpha and beta."""
+    if w.act_scale is not None:
+        return w.act_scale, w.act_zero_point, w.alpha, w.beta
+    return _dynamic_conv_range(x, w)
 
 
 def _dynamic_conv_range(x: Tensor, w):
@@ -130,6 +156,9 @@ def conv_geometry(kernel, stride, padding, dilation) -> tuple:
     """What ``F.conv2d`` takes, in one form: stride and dilation as pairs, padding as left, right, top, bottom."""
     stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     return stride, dilation, _pad(padding, kernel, stride, dilation)
+
+
+_known_geometry = lru_cache(maxsize=1024)(conv_geometry)
 
 
 def _pair(value, name: str, least: int) -> tuple[int, int]:
