@@ -41,7 +41,7 @@ FORCED = [
     *(f"sm90_{tile}_sharing:{blocks}" for tile in ("64x64", "64x160", "128x160") for blocks in (1, 2, 4)),
     *(f"sm90_{tile}_packed" for tile in ("128x160", "64x160")),
     *(f"sm90_{tile}_packed:{splits}" for tile in ("64x80", "128x64") for splits in (1, 2, 8)),
-    *(f"sm80_{tile}" for tile in ("128x128", "128x64", "64x64", "64x16")),
+    *(f"sm80_{tile}" for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),
     "few_rows",
     "direct",
 ]
@@ -445,7 +445,7 @@ def test_every_layer_of_sdxl(pixels, batch, kernel, monkeypatch):
     assert {type(layer) for layer in found} == {Linear, Conv}
 
 
-@pytest.mark.parametrize("kernel", ["", "sm90_128x128", "sm90_64x64:8", "sm80_128x64", "direct"])
+@pytest.mark.parametrize("kernel", ["", "sm90_128x128", "sm90_64x64:8", "sm80_128x80", "direct"])
 def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
     """The longest reduction that a weight may have, every product at its extreme."""
     if kernel:
@@ -459,7 +459,7 @@ def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
         assert y.unique().tolist() == [float(torch.tensor(a * b * k, dtype=torch.float32))]
 
 
-@pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_64x16", "direct"])
+@pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_128x16", "direct"])
 @pytest.mark.parametrize("lead", [(1, 3, 3), (2, 2, 2), (3, 1, 5)])
 def test_pixels_of_an_image_share_a_row_of_the_residual(lead, kernel, monkeypatch):
     if kernel:

@@ -89,7 +89,7 @@ __device__ __forceinline__ uint4 load8(const uint16_t* from, int count, bool ali
 
 __device__ __forceinline__ void store8(uint16_t* to, uint4 v, int count, bool aligned) {
   if (aligned && count >= 8) {
-    *reinterpret_cast<uint4*>(to) = v;
+    __stwb(reinterpret_cast<uint4*>(to), v);  // an assignment becomes four stores where the words come from branches
     return;
   }
   uint32_t words[4] = {v.x, v.y, v.z, v.w};
