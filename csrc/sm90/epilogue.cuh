@@ -31,10 +31,13 @@ struct ColumnLoads {
   ChannelEpilogue values[kEach];
 
   __device__ __forceinline__ void load(const Weight& w, int n0) {
+    const int outputs = C::kGeglu ? w.n / 2 : w.n;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x % kGroup + e * kGroup;
-      values[e] = i < C::kTileN && n0 + i < w.n ? channel_epilogue(w, n0 + i) : ChannelEpilogue{0.f, 0.f, 0};
+      const bool gate = C::kGeglu && i >= C::kTileOut;
+      const int n = n0 + i - (gate ? C::kTileOut : 0);
+      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, n + (gate ? outputs : 0)) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
   __device__ __forceinline__ void store(const Columns<C>& to) const {
@@ -142,13 +145,13 @@ struct Residuals {
 
 // Those of a tile whose sums leave registers free come before it is multiplied; else they come chunk by chunk.
 template <class C>
-constexpr bool kEarlyResiduals = C::kBlocksM * C::kTileN <= 160;
+constexpr bool kEarlyResiduals = !C::kGeglu && C::kBlocksM * C::kTileN <= 160;
 
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 
-// Buffers of a warp in shared memory, which take turns: kChunk columns of its rows, as the tensor map of the output has
-// them, from where a bulk copy takes them away.
+// Buffers of a warp in shared memory, which take turns: columns of its rows, as the tensor map of the output has them, from
+// where a bulk copy takes them away.
 template <class C>
 struct Staging {
   uint8_t* memory;
@@ -161,11 +164,11 @@ struct Staging {
     return memory + turn * C::kBufferBytes;
   }
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int c0) {
+                                       int first_byte) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (at.lane == 0) {
-      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c0) * 2, at.row0);
+      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, first_byte, at.row0);
       cute::tma_store_arrive();
     }
   }
@@ -227,7 +230,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    staging.send(p, t, at, buffer, c0);
+    staging.send(p, t, at, buffer, (t.n0 + c0) * 2);
   }
 }
 
