@@ -97,10 +97,25 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   return best;
 }
 
+// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the last one. The arithmetic at the end
+// of a tile is long, and only while another tile is multiplied does it take no time.
+Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
+  Choice choice;
+  const auto& kernels = catalogue();
+  for (int i = 0; i < int(kernels.size()); ++i) {
+    const Kernel& kernel = kernels[i];
+    if (!only.empty() && only != kernel.family || !why_not(kernel, p, arch).empty()) continue;
+    choice = {i, 1, false};
+    if (ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n) >= int64_t(2) * sm_count) break;
+  }
+  return choice;
+}
+
 constexpr std::string_view kFamilies[] = {"sm90", "sm80"};  // the faster one first
 
 // `only`: leaves out the kernels of every other family.
 Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = "") {
+  if (p.geglu) return with_geglu(p, arch, sm_count, only);
   static const int few = find_kernel("few_rows");
   if (why_not(catalogue()[few], p, arch).empty()) return {few, 1, false};
   for (std::string_view family : kFamilies) {
@@ -114,7 +129,7 @@ Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = 
 
 // All of a problem that a choice can depend on: sizes and strides, and of addresses how they are aligned.
 static_assert(kMaxWeights == 4);
-using Facts = std::array<int64_t, 28>;
+using Facts = std::array<int64_t, 31>;
 
 Facts facts_of(const Matmul& p, int arch, int sm_count) {
   uintptr_t weights = 0;
@@ -129,7 +144,8 @@ Facts facts_of(const Matmul& p, int arch, int sm_count) {
   return {x.batch,     x.height,     x.width,      x.channels,   x.stride_n,     x.stride_h,   x.stride_w,
           w.r,         w.s,          w.stride_h,   w.stride_w,   w.dilation_h,   w.dilation_w, p.out_h,
           p.out_w,     p.floating,   p.bits,       p.pitch(),    p.weight_count, n[0],         n[1],
-          n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type)};
+          n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type),
+          bool(p.geglu), int64_t(reinterpret_cast<uintptr_t>(p.out) % 16), p.out_stride};
 }
 
 struct FactsHash {
@@ -148,7 +164,7 @@ int allowed_splits(const Kernel& kernel, int wanted) {
 }
 
 Choice by_table_or_rule(const Matmul& p, int arch, int sm_count) {
-  if (const Tuned* row = p.floating ? nullptr : nearest(tuning_table(), p, arch)) {
+  if (const Tuned* row = p.floating || p.geglu ? nullptr : nearest(tuning_table(), p, arch)) {
     int i = find_kernel(row->kernel);
     if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
       return {i, allowed_splits(catalogue()[i], row->splits), true};
@@ -200,7 +216,7 @@ std::vector<Tuned> read_table(const char* path) {
 
 const std::vector<Kernel>& catalogue() {
   static const std::vector<Kernel> kernels = {
-      // name, family, tile_m, tile_n, math_groups, max_splits, packed, floating, sharing
+      // name, family, tile_m, tile_n, math_groups, max_splits, packed, floating, sharing, geglu
       {"sm90_256x128", "sm90", 256, 128, 2, 1, false},
       {"sm90_128x160", "sm90", 128, 160, 2, 1, false},
       {"sm90_128x128", "sm90", 128, 128, 2, 1, false},
@@ -218,6 +234,8 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x64_packed", "sm90", 128, 64, 1, 8, true},
       {"sm90_128x128_floating", "sm90", 128, 128, 2, 1, true, true},
       {"sm90_64x80_floating", "sm90", 64, 80, 1, 8, true, true},
+      {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
+      {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
       {"sm80_128x160", "sm80", 128, 160, 0, 1, false},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x80", "sm80", 128, 80, 0, 1, false},
@@ -241,6 +259,7 @@ int find_kernel(const std::string& name) {
 std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   const std::string_view name = kernel.name, family = kernel.family;
   if (kernel.floating != p.floating) return p.floating ? "multiplies codes" : "multiplies floating activations";
+  if (kernel.geglu != bool(p.geglu)) return p.geglu ? "has no GEGLU" : "ends with GEGLU";
   if (name == "direct") return "";
   if (family == "sm90" && !MIXDQ_SM90) return "this build has no code for sm_90a";
   if (family == "sm90" && arch != 90) return "needs sm_90; this is sm_" + std::to_string(arch);
@@ -259,6 +278,13 @@ std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   if (const char* what = misaligned(p, kernel.packed || p.bits == 8)) return what;
   if (family == "sm90") {
     if (const char* what = beyond_im2col(p)) return what;
+  }
+  if (kernel.geglu) {
+    if (p.weight_count != 1 || p.row_scale || p.residual) return "takes one static weight without a residual";
+    if (p.out_type == Float::f32) return "takes outputs of 16 bits";
+    if (p.n() % 32 || p.out_stride % 16 || reinterpret_cast<uintptr_t>(p.out) % 16) {
+      return "the codes' rows are no multiples of 16 bytes";
+    }
   }
   return "";
 }
@@ -316,6 +342,7 @@ std::string Matmul::str() const {
                      std::to_string(bits) + " weights, " + (floating ? "floating" : row_scale ? "dynamic" : "static") +
                      ", to " +
                      name_of(out_type) + " every " + std::to_string(out_stride);
+  if (geglu) text += ", GEGLU";
   if (residual) text += std::string(", residual ") + name_of(residual_type);
   if (!is_rows()) {
     text += ", image " + by(x.batch, x.height) + "x" + by(x.width, x.channels) + ", window " + by(window.r, window.s) +

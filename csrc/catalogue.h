@@ -16,7 +16,7 @@ std::string why_not(const Kernel& kernel, const Matmul& problem, int arch);
 
 // The kernel for the problem: the one that MIXDQ_KERNEL=name[:splits] in the environment names where that one can do it,
 // else from the tuning table where it has the shape, else by a rule that is always safe. MIXDQ_KERNEL=sm80 leaves that
-// rule the kernels of one family and those of none. Only for floating activations there may be none (kernel < 0).
+// rule the kernels of one family and those of none. Only for floating activations and GEGLU there may be none (kernel < 0).
 Choice select(const Matmul& problem, int arch, int sm_count);
 
 // A measured shape: the whole reduction k = taps * channels, and what was fastest for it.

@@ -1,12 +1,11 @@
 // GEGLU, then quantize.
 #include "codes.cuh"
+#include "gelu.cuh"
 
 namespace mixdq {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float gelu(float g) { return 0.5f * g * (1.f + erff(g * 0.70710678118654752f)); }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)

@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("packed", &Kernel::packed)
       .def_readonly("floating", &Kernel::floating)
       .def_readonly("sharing", &Kernel::sharing)
+      .def_readonly("geglu", &Kernel::geglu)
       .def("__repr__", [](const Kernel& k) { return "<kernel " + std::string(k.name) + ">"; });
 
   py::class_<Tuned>(m, "Tuned")

@@ -35,6 +35,16 @@ struct Weight {
   const int32_t* weight_sum = nullptr; // dynamic only: sum of the codes of each row
 };
 
+// What a layer's outputs may become in the kernel that computes them, if their first half is a value and the second its
+// gate: rounded to out_type, value * gelu(gate), then int8 codes as geglu_quantize() makes them. out is [m, n / 2] then.
+struct Geglu {
+  const float* scale = nullptr;  // not null: this is what happens
+  const float* zero_point = nullptr;
+  int bits = 8;
+
+  explicit operator bool() const { return scale; }
+};
+
 constexpr int kMaxWeights = 4;
 
 // out[m, n] = round(epilogue(sum_k x[m, k] * w[n, k]) + residual[m, n]), int32 sums, float32 epilogue, one rounding.
@@ -62,6 +72,7 @@ struct Matmul {
   void* out = nullptr;
   Float out_type = Float::f16;
   int64_t out_stride = 0;                 // elements from one row to the next
+  Geglu geglu;                            // of one static weight without a residual
 
   int64_t m() const { return int64_t(x.batch) * out_h * out_w; }
   int n() const {
@@ -94,6 +105,7 @@ struct Kernel {
   bool packed;         // reads 4 and 2 bit weights as they are stored; others get them unpacked first
   bool floating = false;  // multiplies floating activations, with weights of any width as they are stored
   bool sharing = false;   // splits are tiles of the same columns instead, in the blocks of a cluster that share weights
+  bool geglu = false;     // ends with GEGLU and quantization, which no other kernel does
 };
 
 struct Choice {

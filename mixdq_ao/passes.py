@@ -52,6 +52,7 @@ class Passes:
         residual: add a residual, or a ResNet's time embedding, in the product's epilogue
         layer_norm, geglu, group_norm: quantize in the operator that computes the layer's input; GroupNorm with the
             SiLU and the reordering of pixels to tokens that may follow
+        geglu_product: GEGLU and quantize in the product that computes the value and its gate
         opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with
         max_merged: as many layers in one product at most
     """
@@ -62,6 +63,7 @@ class Passes:
     residual: bool = True
     layer_norm: bool = True
     geglu: bool = True
+    geglu_product: bool = True
     group_norm: bool = True
     opaque: bool = True
     max_merged: int = MAX_MERGED
@@ -105,6 +107,14 @@ def linear(xq: Tensor, w: MixDQTensor, bias, dtype, text=None, residual=None) ->
     return y if text is None else ops.with_bos_row(y, text, w.bos_input, w.bos_output)
 
 
+def linear_geglu(xq: Tensor, w: MixDQTensor, bias, dtype, reader: MixDQTensor) -> Tensor:
+    """``reader`` is the weight that the codes are for."""
+    static = reader.act_scale, reader.act_zero_point, reader.act_bits
+    return torch.ops.mixdq_ao.linear_int8_geglu(
+        xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, dtype, *static
+    )
+
+
 def linear_multi(xq: Tensor, ws: list[MixDQTensor], biases: list, dtype, text=None) -> tuple[Tensor, ...]:
     y = torch.ops.mixdq_ao.linear_int8_multi(
         xq,
@@ -139,6 +149,7 @@ FUNCTIONS = (
     geglu_quantize,
     group_norm_quantize,
     linear,
+    linear_geglu,
     linear_multi,
     conv2d,
     attend,
@@ -395,6 +406,17 @@ def geglu(graph: fx.Graph, passes: Passes) -> int:
     return hits
 
 
+def geglu_product(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in calls(graph, geglu_quantize):
+        product, w = node.args
+        fits = product.target is linear and has_one_user(product) and not product.kwargs  # no residual
+        if fits and product.args[4] is None and len(value_of(w).input_groups) == 1:  # nor a replaced row
+            hits += 1
+            replace_by_call(graph, node, linear_geglu, (*product.args[:4], w))
+    return hits
+
+
 def _geglu_input(product: fx.Node) -> fx.Node | None:
     """The tensor whose halves a node multiplies as ``value * gelu(gate)``."""
     if product.target is not operator.mul or not all(isinstance(a, fx.Node) for a in product.args):
@@ -472,6 +494,7 @@ REWRITES: dict[str, Callable[[fx.Graph, Passes], int]] = {
     "residual": residual,
     "layer_norm": layer_norm,
     "geglu": geglu,
+    "geglu_product": geglu_product,
     "group_norm": group_norm,
     "opaque": opaque,
 }

@@ -52,6 +52,38 @@ Tensor linear_int8_dynamic_op(const Tensor& xq, const Tensor& x_scale, const Ten
   return out;
 }
 
+// In one kernel where there is one for it, else by way of the floating outputs.
+Tensor linear_int8_geglu_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha, const Tensor& beta,
+                            OptionalTensor bias, int64_t bits, Ints groups, ScalarType dtype, const Tensor& act_scale,
+                            const Tensor& act_zero_point, int64_t act_bits) {
+  Call call("linear_int8_geglu", xq);
+  View view;
+  Matmul p = row_problem(code_rows(call, xq, &view), bits);
+  check_groups(call, groups, p.x.channels, bits);
+  p.weights[0] = static_weight(call, qdata, alpha, beta, bias, groups, bits);
+  const Float type = call.float_type(dtype);
+  const int64_t m = p.m(), n = p.n();
+  STD_TORCH_CHECK(n % 2 == 0, call.op(), ": needs an even number of outputs; found ", n);
+  const Codes codes = static_codes(call, act_scale, act_zero_point, act_bits, {n / 2}, n / 2);
+  Tensor out = call.empty_rows(view, n / 2, dtypes().int8);
+  const View v = call.look(out, "the output");
+  Matmul fused = p;
+  fused.geglu = {codes.scale, codes.zero_point, codes.bits};
+  set_out(fused, v, type, n / 2);
+  if (v.numel() == 0 || (groups.size() == 1 && is_multiplied(call, fused))) {
+    multiply(call, fused, groups);
+    return out;
+  }
+  Floats wide;
+  wide.data = p.out = call.scratch(m * n * bytes_of(type));
+  wide.type = p.out_type = type;
+  wide.stride[2] = p.out_stride = wide.size[3] = n;
+  wide.size[2] = m;
+  multiply(call, p, groups);
+  call.check(geglu_quantize(wide, codes, static_cast<int8_t*>(v.data), call.on()), "GEGLU");
+  return out;
+}
+
 // Whether b begins where a ends in everything, so that the two are one weight of more rows.
 bool continues(const Weight& a, const Weight& b, int64_t row_bytes) {
   if (static_cast<const char*>(a.data) + a.n * row_bytes != b.data) return false;
@@ -200,6 +232,7 @@ Tensor quantized_conv2d_op(const Tensor& x, const Tensor& act_scale, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(mixdq_ao, CUDA, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8_op));
+  m.impl("linear_int8_geglu", TORCH_BOX(&linear_int8_geglu_op));
   m.impl("linear_int8_dynamic", TORCH_BOX(&linear_int8_dynamic_op));
   m.impl("linear_int8_multi", TORCH_BOX(&linear_int8_multi_op));
   m.impl("conv2d_int8", TORCH_BOX(&conv2d_int8_op));

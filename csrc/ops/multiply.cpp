@@ -103,6 +103,10 @@ void run_groups(Call& call, const Matmul& whole, const Ints& groups, bool fresh_
 
 }  // namespace
 
+bool is_multiplied(const Call& call, const Matmul& p) {
+  return select(p, call.on().arch, call.on().sm_count).kernel >= 0;
+}
+
 void multiply(Call& call, const Matmul& p, const Ints& groups) {
   if (p.m() == 0 || p.n() == 0) return;
   if (groups.size() == 1) {

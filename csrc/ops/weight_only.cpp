@@ -1,7 +1,6 @@
 // The operators that multiply floats. Schemas and what they mean are in mixdq_ao/ops.py.
 #include <array>
 
-#include "catalogue.h"
 #include "ops/floats.h"
 #include "ops/multiply.h"
 #include "ops/operands.h"
@@ -36,7 +35,7 @@ bool multiplies_floats(const Call& call, const Matmul& whole, const Ints& groups
   for (int64_t g : groups) p.weight_pitch += packed_size(g, p.bits);
   for (int64_t g : groups) {
     p.x.channels = int(g);
-    if (select(p, call.on().arch, call.on().sm_count).kernel < 0) return false;
+    if (!is_multiplied(call, p)) return false;
     p.x.data += g * p.element_bytes();
     p.weights[0].data = static_cast<const char*>(p.weights[0].data) + packed_size(g, p.bits);
   }

@@ -31,10 +31,13 @@ struct ColumnLoads {
   ChannelEpilogue values[kEach];
 
   __device__ __forceinline__ void load(const Weight& w, int n0) {
+    const int outputs = C::kGeglu ? w.n / 2 : w.n;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x % kGroup + e * kGroup;
-      values[e] = i < C::kTileN && n0 + i < w.n ? channel_epilogue(w, n0 + i) : ChannelEpilogue{0.f, 0.f, 0};
+      const bool gate = C::kGeglu && i >= C::kTileOut;
+      const int n = n0 + i - (gate ? C::kTileOut : 0);
+      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, n + (gate ? outputs : 0)) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
   __device__ __forceinline__ void store(const Columns<C>& to) const {
@@ -142,7 +145,7 @@ struct Residuals {
 
 // Those of a tile whose sums leave registers free come before it is multiplied; else they come chunk by chunk.
 template <class C>
-constexpr bool kEarlyResiduals = C::kBlocksM * C::kTileN <= 160;
+constexpr bool kEarlyResiduals = !C::kGeglu && C::kBlocksM * C::kTileN <= 160;
 
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
@@ -161,15 +164,15 @@ struct Staging {
     __syncwarp();
     return memory + turn * C::kBufferBytes;
   }
-  // Copies columns first to end, whose buffers begin there.
+  // Copies one buffer or several to where the output's rows have that byte.
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int first, int end) {
+                                       int byte, int boxes = 1) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (at.lane) return;
     if (at.row0 < p.m) {
-      for (int c = first; c < end; c += C::kChunk, buffer += C::kBufferBytes) {
-        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c) * 2, at.row0);
+      for (; boxes > 0; --boxes, byte += C::kChunk * 2, buffer += C::kBufferBytes) {
+        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, byte, at.row0);
       }
     }
     cute::tma_store_arrive();
@@ -232,9 +235,12 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    if (!C::kOneTile) staging.send(p, t, at, buffer, c0, c0 + C::kChunk);
+    if (!C::kOneTile) staging.send(p, t, at, buffer, (t.n0 + c0) * 2);
   }
-  if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
+  if (C::kOneTile) {
+    const int columns = min(at.columns, C::kTileN);
+    staging.send(p, t, at, staging.memory, t.n0 * 2, (columns + C::kChunk - 1) / C::kChunk);
+  }
 }
 
 // What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the

@@ -40,6 +40,10 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
     FullBarrier::arrive_and_expect_tx(sm.packed_full(stage), C::kTileN * p.packed_tile);
     cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage), step.block * p.packed_tile,
                                  step.tap, t.n0);
+    if (C::kGeglu) {
+      cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage) + C::kTileOut * p.packed_tile,
+                                   step.block * p.packed_tile, step.tap, p.weights[t.weight].n / 2 + t.n0);
+    }
   } else {
     FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kWeightBytes);
     if (C::kSharing && p.splits > 1) {  // each block of the cluster brings its share of the rows to all of them
@@ -50,6 +54,10 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
       return;
     }
     cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), step.block * kRowBytes, step.tap, t.n0);
+    if (C::kGeglu) {
+      cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage) + C::kTileOut * kRowBytes,
+                                   step.block * kRowBytes, step.tap, p.weights[t.weight].n / 2 + t.n0);
+    }
   }
 }
 
@@ -76,6 +84,10 @@ __device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t,
     if (!C::kSharing && i % p.tiles_m != mine) continue;  // boxes of those that share are parts of the tile
     cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
                                               t.n0 + (C::kSharing ? blockIdx.x % p.splits * C::kTileN / p.splits : 0));
+    if (C::kGeglu) {
+      cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
+                                             p.weights[t.weight].n / 2 + t.n0);
+    }
   }
 }
 

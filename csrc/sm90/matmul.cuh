@@ -13,12 +13,15 @@
 // Packed weights pass through three warps that spread the codes over bytes: each code lands in the high bits of its
 // byte, so sums come out 16 or 64 times too large, within the range of int8 sums, and are shifted back exactly. Where
 // activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
+//
+// GEGLU: half of a tile's columns are values, the other half their gates, which come from the second half of the weight.
 #pragma once
 #include <cstddef>
 #include "cute/arch/cluster_sm90.hpp"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/cutlass.h"
 #include "sm90/epilogue.cuh"
+#include "sm90/geglu.cuh"
 #include "sm90/kernels.h"
 #include "sm90/load.cuh"
 #include "sm90/tensor_map.h"
@@ -131,6 +134,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
   const int row0 = C::turns == Turns::cooperative ? group * C::kBlocksM * 64 : 0;
   const Columns<C> columns(sm.vectors(group));
   Staging<C> staging{sm.staging(group * 4 + threadIdx.x % kGroup / 32)};
+  const Encoder encoder = C::kGeglu ? Encoder(*p.geglu.scale, *p.geglu.zero_point, p.geglu.bits) : Encoder(1.f, 0.f, 8);
   Turn<C> turn;
   int mine = C::turns == Turns::ping_pong ? group : 0;  // tiles until this group's next turn
   for (int index = blockIdx.x; index < tiles; index += stride) {
@@ -152,7 +156,13 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     sync_group(group);  // every warp is done with the columns of the tile before
     loads.store(columns);
     sync_group(group);
-    write_tile<C>(p, t, at, columns, sums, residuals, staging);
+    if constexpr (!C::kGeglu) {
+      write_tile<C>(p, t, at, columns, sums, residuals, staging);
+    } else if (p.out_type == Float::f16) {
+      write_geglu<C, Float::f16>(p, t, at, columns, sums, encoder, staging);
+    } else {
+      write_geglu<C, Float::bf16>(p, t, at, columns, sums, encoder, staging);
+    }
   }
   staging.finish();
 }
@@ -178,7 +188,7 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   int column = 0, out_align = 0, element = problem.out_type == Float::f32 ? 4 : 2;
   for (int i = 0; i < problem.weight_count; ++i) {
     const Weight& w = problem.weights[i];
-    const int rows = C::kSharing ? C::kTileN / splits : C::kTileN;
+    const int rows = C::kSharing ? C::kTileN / splits : C::kTileOut;
     if (weight_map(problem, w, rows, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
     p.weights[i] = w;
     p.column[i] = column;
@@ -209,17 +219,21 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.residual = problem.residual, p.residual_type = problem.residual_type, p.residual_stride = problem.residual_stride;
   p.residual_rows = problem.residual_rows;
   p.out = problem.out, p.out_type = problem.out_type, p.out_stride = problem.out_stride;
+  p.geglu = problem.geglu;
   auto aligned = [&](const void* data, int64_t stride) {
     return (reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * element) | uintptr_t(out_align * element)) % 16 == 0;
   };
   p.out_aligned = aligned(p.out, p.out_stride);
   p.residual_aligned = aligned(p.residual, p.residual_stride);
-  p.bulk_out = element == 2 && p.out_aligned;
+  p.bulk_out = !C::kGeglu && element == 2 && p.out_aligned;
   if (p.residual) p.bulk_out &= p.residual_aligned && p.residual_type == p.out_type;
   for (int i = 0; p.bulk_out && i < problem.weight_count; ++i) {
     if (out_map(problem, p.column[i], p.weights[i], C::kWarpRows, C::kChunk, &p.out_maps[i]) != CUDA_SUCCESS) {
       return cudaErrorInvalidValue;
     }
+  }
+  if (C::kGeglu && codes_map(problem, C::kWarpRows, C::kTileOut, &p.out_maps[0]) != CUDA_SUCCESS) {
+    return cudaErrorInvalidValue;
   }
 
   static bool ready[64] = {};  // by device; setting it twice does no harm
@@ -249,6 +263,13 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
     using namespace mixdq::sm90;                                                                       \
     return run<Config<TILE_M, TILE_N, Turns::TURNS, PACKED>>(problem, splits, on);                     \
+  }
+
+// The same with GEGLU at the end.
+#define MIXDQ_SM90_GEGLU_INSTANCE(NAME, TILE_M, TILE_N, TURNS, PACKED)                                 \
+  cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
+    using namespace mixdq::sm90;                                                                       \
+    return run<Config<TILE_M, TILE_N, Turns::TURNS, PACKED, Int8, true>>(problem, splits, on);         \
   }
 
 // The same for floating activations: one instance for each type.

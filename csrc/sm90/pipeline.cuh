@@ -17,12 +17,15 @@ constexpr int kGroup = 128;     // threads of a warpgroup
 
 enum class Turns { single, sharing, ping_pong, cooperative };
 
-template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8>
+template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8, bool Geglu_ = false>
 struct Config {
   using Math = Math_;
   static constexpr int kTileM = TileM, kTileN = TileN;
   static constexpr Turns turns = turns_;
   static constexpr bool packed = Packed;
+  static constexpr bool kGeglu = Geglu_;
+  // Columns of the output. Of GEGLU a tile has as many of the values, then the same ones of the gates.
+  static constexpr int kTileOut = kGeglu ? TileN / 2 : TileN;
   static constexpr bool kSharing = turns == Turns::sharing;
   static constexpr bool kOneTile = turns == Turns::single || kSharing;  // of a block
   static constexpr int kMathGroups = turns == Turns::single ? 1 : kSharing ? TileM / 64 : 2;
@@ -37,11 +40,11 @@ struct Config {
   static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
 
-  // Epilogue: 16-bit outputs leave a warp's registers by way of buffers, kChunk columns at a time. Where a block has one
-  // tile those, or the sums of a split reduction, take the place of the stages.
+  // Epilogue: 16-bit outputs leave a warp's registers by way of buffers, kChunk columns at a time, and codes all at once.
+  // Where a block has one tile those, or the sums of a split reduction, take the place of the stages.
   static constexpr int kWarpRows = 16 * kBlocksM;
   static constexpr int kChunk = TileN % 32 == 0 ? 32 : 16;
-  static constexpr int kBufferBytes = kWarpRows * kChunk * 2;
+  static constexpr int kBufferBytes = kWarpRows * (kGeglu ? kTileOut : kChunk * 2);
   static constexpr int kSumsRow = TileN + 8;
 
   static constexpr int kVectorBytes = kMathGroups * TileN * 12;
@@ -60,6 +63,7 @@ struct Config {
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
   static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
+  static_assert(!kGeglu || !kOneTile && kTileOut % 16 == 0 && kBufferBytes % 128 == 0);
 };
 
 struct Params {
@@ -91,6 +95,7 @@ struct Params {
   int64_t out_stride;
   bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
   bool bulk_out;     // and by bulk copies: 16-bit outputs and, if there is one, an aligned residual of their type
+  Geglu geglu;
 };
 
 // Steps of a tile's reduction.
@@ -99,7 +104,7 @@ struct Reduction {
 };
 
 struct Tile {
-  int m0, weight, n0;
+  int m0, weight, n0;  // n0: the first of the weight's outputs
 };
 
 template <class C>
@@ -110,7 +115,7 @@ __device__ __forceinline__ Tile locate(const Params& p, int index) {
   int within = index % band;
   int tile_n = within / high, weight = 0, begin = 0;
   while (tile_n >= p.tile_end[weight]) begin = p.tile_end[weight++];
-  return {(first + within % high) * C::kTileM, weight, (tile_n - begin) * C::kTileN};
+  return {(first + within % high) * C::kTileM, weight, (tile_n - begin) * C::kTileOut};
 }
 
 // Where the pipeline stands: the stage, and which of its uses.

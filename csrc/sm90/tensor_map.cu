@@ -72,4 +72,13 @@ CUresult out_map(const Matmul& p, int64_t column, const Weight& weight, int rows
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
+CUresult codes_map(const Matmul& p, int rows, int columns, CUtensorMap* map) {
+  static const auto tiled = encode_tiled();
+  if (!tiled) return CUDA_ERROR_NOT_SUPPORTED;
+  cuuint64_t size[2] = {cuuint64_t(p.n() / 2), cuuint64_t(p.m())}, stride[1] = {cuuint64_t(p.out_stride)};
+  cuuint32_t box[2] = {cuuint32_t(columns), cuuint32_t(rows)}, step[2] = {1, 1};
+  return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, p.out, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
 }  // namespace mixdq::sm90

@@ -14,6 +14,9 @@ CUresult input_map(const Matmul& problem, int tile_m, CUtensorMap* map);
 // Boxes of `rows` by `columns` of a weight's 16-bit outputs, whose first column is `column` of the output.
 CUresult out_map(const Matmul& problem, int64_t column, const Weight& weight, int rows, int columns, CUtensorMap* map);
 
+// Boxes of `rows` by `columns` of the codes that a kernel with GEGLU writes.
+CUresult codes_map(const Matmul& problem, int rows, int columns, CUtensorMap* map);
+
 // Tiles of tile_n rows by the stored bytes of as many channels of one tap of [n, taps, packed channels].
 CUresult weight_map(const Matmul& problem, const Weight& weight, int tile_n, CUtensorMap* map);
 
