@@ -43,12 +43,14 @@ class Kernel:
     name: str
     max_splits: int = 1
 
-    def splits(self, layer: Layer, bits: int, floating: bool = False) -> list[int]:
+    def splits(self, layer: Layer, bits: int, floating: bool = False, geglu: bool = False) -> list[int]:
         """The splits in which it can do the layer; none where the library would ignore that it is forced.
 
-        ``floating``: the layer is weight-only.
+        ``floating``: the layer is weight-only. ``geglu``: with GEGLU and quantization at its end.
         """
-        if self.name.endswith("_floating") != floating:
+        if self.name.endswith("_floating") != floating or self.name.endswith("_geglu") != geglu:
+            return []
+        if geglu and layer.columns % 32:
             return []
         if self.name == "direct":
             return [1]
@@ -71,6 +73,7 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}_sharing", 4) for tile in ("64x64", "64x160", "128x160")),
     *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
+    *(Kernel(f"sm90_{tile}_geglu") for tile in ("128x160", "64x160")),
     Kernel("sm90_128x128_floating"),
     Kernel("sm90_64x80_floating", 8),
     *(Kernel(f"sm80_{tile}") for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),

@@ -6,6 +6,7 @@ that stays floating is not in the sums of a step; quantizers are a table of thei
     python benchmarks/kernels.py --out kernels.json
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ SM80 = [k for k in KERNELS if not k.name.startswith("sm90")]
 VARIANTS = ("w8a8", "w4a8", "sm80")
 # [rows, channels] of SDXL's tokens, and [batch, channels, size] of its images.
 TOKENS = [(256, 1280), (1024, 640), (1024, 1280), (4096, 640), (77, 2048), (16384, 640)]
+# Of 512 px at batch 1, of 1024 px at batches 1 and 8.
+FEED_FORWARDS = [(256, 1280), (1024, 640), (1024, 1280), (4096, 640), (8192, 1280), (32768, 640)]
 IMAGES = [(1, 320, 64), (1, 640, 32), (1, 1280, 16), (1, 2560, 16), (1, 960, 64), (1, 320, 128), (4, 320, 128)]
 
 
@@ -78,6 +81,24 @@ def quantizers(bench: Bench) -> list[dict]:
         if us is not None:
             rows.append({"name": name, "us": us, "gb_per_s": moved / us / 1e3, "torch_fp16_us": other})
 
+    def product(m: int, c: int) -> None:
+        """A feed-forward's first layer with GEGLU at its end, and as two kernels."""
+        f, x = 4 * c, torch.randint(-128, 128, (m, c), dtype=torch.int8, device="cuda")
+        weights = itertools.cycle(bench.weights(bench.codes, (2 * f, c), 100))
+        alpha, bias = torch.full((1, 2 * f), 1e-4, device="cuda"), half(2 * f)
+        rest = alpha, bias.float(), bias, 8, [c], torch.float16
+        moved = m * (c + f) + 2 * f * c
+        add(
+            f"product with GEGLU {m} x {c} -> {f}",
+            moved,
+            lambda: ops.linear_int8_geglu(x, next(weights), *rest, *static),
+        )
+        add(
+            f"product, then GEGLU {m} x {c} -> {f}",
+            moved + 8 * m * f,
+            lambda: ops.geglu_quantize(ops.linear_int8(x, next(weights), *rest), *static, [f]),
+        )
+
     def half(*shape) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float16, device="cuda")
 
@@ -98,6 +119,8 @@ def quantizers(bench: Bench) -> list[dict]:
             lambda x=wide, f=f: ops.geglu_quantize(x, *static, [f]),
             lambda x=wide, f=f: x[:, :f] * F.gelu(x[:, f:]),
         )
+    for m, c in FEED_FORWARDS:
+        product(m, c)
     for batch, c, size in IMAGES:
         x, weight, bias = half(batch, c, size, size).contiguous(memory_format=torch.channels_last), half(c), half(c)
         name, act, moved = f"{batch} x {c} x {size}^2", (*static, [c]), 3 * batch * c * size**2

@@ -50,7 +50,7 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
     x, few, n, k = codes(ROWS, CHANNELS), codes(5, CHANNELS), COLUMNS, CHANNELS
     w, image, small = weight(n, k, bits), image_codes(2, IMAGE_CHANNELS, 9, 13), image_codes(2, 4, 9, 7)
     window, narrow = weight(n, IMAGE_CHANNELS, bits, (3, 3)), weight(17, 4, bits, (3, 3))
-    several = [weight(c, k, bits) for c in (40, n, 1)]
+    several, wide = [weight(c, k, bits) for c in (40, n, 1)], weight(2 * 176, k, bits)
     dynamic = (torch.rand(ROWS, 1), torch.randint(-9, 9, (ROWS, 1)).float(), w[0], w[1] * 0.1)
     weight_sum = torch.randint(-99, 99, (1, n), dtype=torch.int32)
     floats, pixels = torch.randn(ROWS, k).half(), torch.randn(2, IMAGE_CHANNELS, 9, 13).bfloat16()
@@ -66,6 +66,7 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
         "few rows": (Linear(5, n, k), call.linear_int8, (few, *w, bits, [k], half)),
         "conv2d": (conv, call.conv2d_int8, (image, *window, *steps, bits, [IMAGE_CHANNELS], half)),
         "conv2d, strided": (conv, call.conv2d_int8, (image, *window, *strided, bits, [IMAGE_CHANNELS], half)),
+        "linear, GEGLU": (Linear(ROWS, 2 * 176, k), call.linear_int8_geglu, (x, *wide, bits, [k], half, *STATIC)),
         "linear, weight-only": (linear, call.linear_weight_only, (floats, w[0], w[1], w[3], bits, [k])),
         "conv2d, weight-only": (
             conv, call.conv2d_weight_only,
@@ -80,7 +81,7 @@ def forced_products() -> Iterator[tuple[str, Kernel, int, Callable, tuple]]:
         widths = {"packed": (4, 2), "floating": (8, 4, 2)}.get(kernel.name.rpartition("_")[2], (8, 4))
         for bits in widths:
             for name, (layer, op, args) in products(bits).items():
-                able = kernel.splits(layer, bits, floating="weight-only" in name)
+                able = kernel.splits(layer, bits, floating="weight-only" in name, geglu="GEGLU" in name)
                 # First and last: not split, and split the most.
                 for splits in sorted({*able[:1], *able[-1:]}):
                     yield f"{kernel.name}:{splits} {name}, {bits} bits", kernel, splits, op, args

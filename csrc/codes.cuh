@@ -73,25 +73,19 @@ __device__ __forceinline__ uint32_t pack(uint32_t a, uint32_t b, uint32_t c, uin
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// Each in the lowest byte.
-template <int kCount>
-__device__ __forceinline__ void encode(const float (&f)[kCount], const Encoder& e, uint32_t (&c)[kCount]) {
+__device__ __forceinline__ uint2 encode(const float (&f)[kVector], const Encoder& e) {
+  uint32_t c[kVector];
   float odd = 0.f;  // becomes NaN by any quotient that is not finite
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kVector; ++i) {
     float q = e.quotient(f[i]);
     odd = __fmaf_rn(q, 0.f, odd);
     c[i] = e.round(q);
   }
   if (odd != odd) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) c[i] = e.code(f[i]);
+    for (int i = 0; i < kVector; ++i) c[i] = e.code(f[i]);
   }
-}
-
-__device__ __forceinline__ uint2 encode(const float (&f)[kVector], const Encoder& e) {
-  uint32_t c[kVector];
-  encode(f, e, c);
   return {pack(c[0], c[1], c[2], c[3]), pack(c[4], c[5], c[6], c[7])};
 }
 

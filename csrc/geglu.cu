@@ -1,6 +1,5 @@
 // GEGLU, then quantize.
-#include "codes.cuh"
-#include "gelu.cuh"
+#include "geglu.cuh"
 
 namespace mixdq {
 namespace {
@@ -19,12 +18,7 @@ __global__ void __launch_bounds__(kThreads)
   value.load(from);
   gate.load(from + vectors.divisor * kVector);
   Encoder e = encoder_of_channel(codes, int(v) * kVector);
-  float f[kVector], g[kVector];
-  value.get(f);
-  gate.get(g);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) f[k] *= gelu(g[k]);
-  reinterpret_cast<uint2*>(out)[i] = encode(f, e);
+  reinterpret_cast<uint2*>(out)[i] = geglu_codes(value, gate, e);
 }
 
 __global__ void __launch_bounds__(kThreads) geglu_any(Floats x, Codes codes, int64_t total, int8_t* out) {

@@ -338,9 +338,7 @@ def _(xq, qdata, alpha, beta, bias, bits, input_groups, out_dtype, residual=None
     "linear_int8_geglu(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, int bits, int[] input_groups, "
     "ScalarType dtype, Tensor act_scale, Tensor act_zero_point, int act_bits) -> Tensor"
 )
-def _linear_int8_geglu(
-    xq, qdata, alpha, beta, bias, bits, input_groups, dtype, act_scale, act_zero_point, act_bits
-):
+def _linear_int8_geglu(xq, qdata, alpha, beta, bias, bits, input_groups, dtype, act_scale, act_zero_point, act_bits):
     """``geglu_quantize`` of what ``linear_int8`` gives, rounded to ``dtype`` in between; one scale and zero point."""
     y = _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, dtype)
     return _geglu_quantize(y, act_scale, act_zero_point, act_bits, [qdata.shape[0] // 2])

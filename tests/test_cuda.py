@@ -175,7 +175,7 @@ def test_unet_by_our_passes():
     with emulated.in_place_of_the_cpu(operators):
         y = run_unet(compiled, **half)
     assert sqnr(on_cpu, y) > 20  # as far apart as roundings before quantizers drive them
-    fused = {"layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "linear_int8_multi"}
+    fused = {"layer_norm_quantize", "linear_int8_geglu", "group_norm_quantize", "linear_int8_multi"}
     assert operators.called >= fused | {"quantize", "linear_int8", "conv2d_int8"}
 
 

@@ -754,6 +754,7 @@ class Chain:
         self.norm = (torch.randn(c, device=DEVICE).half(), torch.randn(c, device=DEVICE).half())
         self.qkv = [self.weight(c, c, 8) for _ in range(3)]
         self.ff_in, self.ff_out = self.weight(8 * c, c, 4), self.weight(c, 4 * c, 8)
+        self.second_ff_in = self.weight(8 * c, c, 8)
         self.conv = self.weight(c, c, 8, (3, 3))
 
     @staticmethod
@@ -772,6 +773,9 @@ class Chain:
         xq = ops.layer_norm_quantize(x, *self.norm, 1e-5, *self.static, [c])
         wide = ops.linear_int8(xq, *self.ff_in[0], 4, [c], half)
         xq = ops.geglu_quantize(wide, *self.static, [4 * c])
+        x = ops.linear_int8(xq, *self.ff_out[0], 8, [4 * c], half, x)
+        xq = ops.layer_norm_quantize(x, *self.norm, 1e-5, *self.static, [c])
+        xq = ops.linear_int8_geglu(xq, *self.second_ff_in[0], 8, [c], half, *self.static)
         x = ops.linear_int8(xq, *self.ff_out[0], 8, [4 * c], half, x)
         image = x.view(-1, 16, 16, c).permute(0, 3, 1, 2)
         xq = ops.group_norm_quantize(image, 32, *self.norm, 1e-5, True, *self.static, [c], (1, 1, 1, 1))

@@ -98,7 +98,7 @@ def test_inputs_of_any_layout(loaded):
 
 
 def test_layers_are_fused(exported):
-    assert {"layer_norm_quantize", "group_norm_quantize", "geglu_quantize", "linear_int8_multi"} <= {
+    assert {"layer_norm_quantize", "group_norm_quantize", "linear_int8_geglu", "linear_int8_multi"} <= {
         name.removeprefix("mixdq_ao.").removesuffix(".default") for name in exported[1]
     }
 

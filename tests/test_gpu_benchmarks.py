@@ -104,9 +104,9 @@ def test_kernels_are_those_of_the_catalogue():
                 shape = (layer.m, layer.columns, layer.k, layer.taps, bits)
                 # _C knows a 1x1 convolution only as the linear layer that it is.
                 if not (kernel.name == "few_rows" and isinstance(layer, Conv)):
-                    floating = kernel.name.endswith("_floating")
-                    able = not native.why_not(kernel.name, *shape, floating=floating)
-                    assert bool(kernel.splits(layer, bits, floating)) == able, (kernel, layer, bits)
+                    kind = {name: kernel.name.endswith(f"_{name}") for name in ("floating", "geglu")}
+                    able = not native.why_not(kernel.name, *shape, **kind)
+                    assert bool(kernel.splits(layer, bits, **kind)) == able, (kernel, layer, bits)
 
 
 def test_a_forced_kernel_ends_with_its_block(monkeypatch):
@@ -274,8 +274,8 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
     assert {(k.name, k.max_splits) for k in gpu.KERNELS} <= split
     ops = {str(op) for *_, op, _ in [*products, *quantizers, *sanitize.attentions()]}
     assert {name.partition(".")[2] for name in ops} >= {
-        "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "conv2d_int8", "quantize", "quantize_per_token",
-        "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
+        "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "linear_int8_geglu", "conv2d_int8", "quantize",
+        "quantize_per_token", "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
     }  # fmt: skip
 
 

@@ -117,6 +117,23 @@ def test_odd_sizes_have_a_kernel(size, arch):
 
 
 @catalogued
+@pytest.mark.skipif(native and not in_this_build("90a"), reason="only Hopper has such kernels")
+def test_geglu_ends_a_product_of_many_tiles_in_large_ones():
+    def chosen(m, n, k, arch=90, **more):
+        choice = native.select(m, n, k, arch=arch, geglu=True, **more)
+        return choice and choice.kernel
+
+    for m, c in ((256, 1280), (1024, 640)):
+        assert chosen(m, 8 * c, c) == "sm90_64x160_geglu"
+    for m, c in ((1024, 1280), (4096, 640), (32768, 640)):
+        assert chosen(m, 8 * c, c) == chosen(m, 8 * c, c, bits=4) == "sm90_128x160_geglu"
+    assert chosen(4096, 5120, 640, arch=89) is chosen(4096, 5136, 640) is chosen(4096, 5120, 632) is None
+    # Nobody else's.
+    assert native.why_not("sm90_128x160_geglu", 4096, 5120, 640) == "ends with GEGLU"
+    assert native.why_not("sm90_128x160", 4096, 5120, 640, geglu=True) == "has no GEGLU"
+
+
+@catalogued
 def test_sizes_that_are_none_are_refused():
     with pytest.raises(ValueError, match="multiple of taps"):
         native.select(16, 16, 10, taps=3)

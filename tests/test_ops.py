@@ -323,6 +323,17 @@ def test_geglu_quantize(case, rows, layout, dtype):
     assert q.is_contiguous()
 
 
+@given(cases(), st.integers(0, 9), st.integers(0, 2**31), st.sampled_from([8, 4]), dtypes)
+def test_a_product_with_geglu_equals_two_steps(case, rows, seed, act_bits, dtype):
+    wide = make_case(2 * case.weight.shape[0], case.groups, bits=case.weight.bits, bias=seed % 2 == 0, seed=seed)
+    w, static = wide.weight, (torch.tensor([0.03]), torch.tensor([-3.0]), act_bits)
+    xq = torch.randint(-128, 128, (2, rows, sum(case.groups)), dtype=torch.int8)
+    weight = (w.qdata, w.alpha, w.beta, wide.bias, w.bits, case.groups, dtype)
+    q = ops.linear_int8_geglu(xq, *weight, *static)
+    assert_same(q, ops.geglu_quantize(ops.linear_int8(xq, *weight), *static, [w.shape[0] // 2]))
+    assert q.is_contiguous()
+
+
 @given(
     cases(kernels=st.just((1, 1))),
     st.booleans(),
@@ -377,6 +388,8 @@ def op_cases():
             norm = (lin.input((sum(groups),), torch.bfloat16), None, 1e-5)
             residual, image_residual = lin.input((2, 3, 6), torch.float16), conv.input((2, 6, 3, 8)).mT.contiguous().mT
             several = ([w.qdata, w.qdata], [w.alpha, w.alpha], [w.beta, w.beta], [None, lin.bias], [bits, bits], groups)
+            pair = make_case(10, groups, bits=bits, bias=bias)
+            u = pair.weight
             two = LINEAR_LAYOUTS[layout](lin.input((2, 3, 2 * sum(groups)), torch.bfloat16))
             calls = {
                 "quantize": (x, *act, groups, None),
@@ -386,6 +399,19 @@ def op_cases():
                 "group_norm_quantize": (image, 1, *norm, True, *act, groups, pad),
                 "linear_int8_multi": (xq, *several, torch.float16),
                 "linear_int8": (xq, *static, bits, groups, torch.float16),
+                "linear_int8_geglu": (
+                    xq,
+                    u.qdata,
+                    u.alpha,
+                    u.beta,
+                    pair.bias,
+                    bits,
+                    groups,
+                    torch.float16,
+                    act[0][:1],
+                    act[1][:1],
+                    8,
+                ),
                 "linear_int8_dynamic": (xq, s, z, w.qdata, w.scale, weight_sum, lin.bias, bits, groups, torch.float32),
                 "conv2d_int8": (imageq, *static_conv, stride, (1, 2), dilation, bits, groups, torch.float16),
                 "quantized_linear": (x, *act, *static, bits, groups),

@@ -98,20 +98,30 @@ def tokens(dtype=torch.float32):
     return noise(2, 16, 32, dtype=dtype), None, noise(2, 7, 24, seed=2, dtype=dtype)
 
 
-BLOCK_HITS = {"layers": 10, "share": 3, "merge": 2, "residual": 3, "layer_norm": 3, "geglu": 1, "opaque": 3}
+BLOCK_HITS = {
+    "layers": 10,
+    "share": 3,
+    "merge": 2,
+    "residual": 3,
+    "layer_norm": 3,
+    "geglu": 1,
+    "geglu_product": 1,
+    "opaque": 3,
+}
 
 
 def test_a_transformer_block(block):
     backend = check(block, *tokens())
     assert {name: n for name, n in backend.fuse.hits.items() if n and name != "no_ops"} == BLOCK_HITS
-    assert backend.calls["linear"] + backend.calls["linear_multi"] == 7
+    assert sum(backend.calls[name] for name in ("linear", "linear_multi", "linear_geglu")) == 7
     left = ("add", "layer_norm", "gelu", "quantize_traced", "dropout", "truediv", "to")
     assert not any(backend.calls[name] for name in left)
 
 
 # What a rewrite finds with those alone that it cannot do without.
 ALONE = {"merge": (["share"], 2), "share": ([], 3), "residual": (["no_ops"], 3), "geglu": (["no_ops"], 1),
-         "layer_norm": ([], 5), "group_norm": ([], 0), "opaque": ([], 2), "no_ops": ([], 7)}  # fmt: skip
+         "geglu_product": (["no_ops", "geglu"], 1), "layer_norm": ([], 5), "group_norm": ([], 0), "opaque": ([], 2),
+         "no_ops": ([], 7)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -218,7 +228,7 @@ def test_mixed_widths_share_a_quantizer_and_not_a_product(block):
     block.attn1.to_v.weight = nn.Parameter(narrow, requires_grad=False)
     mark_shared(block)
     backend = check(block, *tokens())
-    assert backend.fuse.hits["share"] == 3 and backend.fuse.hits["merge"] == 2 and backend.calls["linear"] == 6
+    assert backend.fuse.hits["share"] == 3 and backend.fuse.hits["merge"] == 2 and backend.calls["linear"] == 5
 
 
 def test_packed_weights_run_in_the_same_graph(block):
@@ -401,6 +411,46 @@ def test_near_misses(before, after, name):
 @pytest.mark.parametrize("after", [lambda y, x: y + x, lambda y, x: x + y, lambda y, x: F.dropout(y, 0.0) / 1.0 + x])
 def test_residuals(after):
     assert check(Functions(after=after), noise(2, 5, 16)).fuse.hits["residual"] == 1
+
+
+class FeedForward(nn.Module):
+    """``between`` may change what GEGLU reads; ``groups`` are those of the layer that reads the codes."""
+
+    def __init__(self, between=None, groups=None):
+        super().__init__()
+        static_of = {} if groups is None else {"input_groups": groups}
+        self.wide = static(nn.Linear(16, 64))
+        scale = [0.05] * len(groups or [1])
+        self.narrow = static(nn.Linear(32, 16), act_scale=scale, act_zero_point=[3.0] * len(scale), **static_of)
+        self.between = between
+
+    def forward(self, x):
+        y = self.wide(x)
+        value, gate = (y if self.between is None else self.between(y)).chunk(2, dim=-1)
+        z = self.narrow(value * F.gelu(gate))
+        return z if self.between is None else z + y.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_geglu_joins_the_product_before_it(dtype):
+    """Which rounds its outputs as if it had written them."""
+    module, x = FeedForward().to(dtype), noise(2, 5, 16, dtype=dtype)
+    (apart, _), (joined, backend) = compiled(module, Passes(geglu_product=False)), compiled(module)
+    with torch.no_grad():
+        expected = apart(x)
+        torch._dynamo.reset()
+        assert torch.equal(joined(x), expected)
+    assert backend.fuse.hits["geglu_product"] == backend.calls["linear_geglu"] == 1
+
+
+@pytest.mark.parametrize(
+    "between, groups",
+    [(lambda y: y, None), (lambda y: y + 1, None), (None, [20, 12])],
+    ids=["read", "changed", "groups"],
+)
+def test_products_that_geglu_does_not_join(between, groups):
+    backend = check(FeedForward(between, groups), noise(2, 5, 16))
+    assert backend.fuse.hits["geglu"] == 1 and backend.fuse.hits["geglu_product"] == 0
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -597,6 +647,7 @@ def test_a_unet(unet):
         "residual": 3 * 11 + 8 + 10 + 11 + 1,
         "layer_norm": 3 * 11,
         "geglu": 11,
+        "geglu_product": 11,
         "group_norm": 2 * 10 + 8 + 1 + 1,
         "opaque": 34,
     }
@@ -637,6 +688,7 @@ def test_sdxl():
         "residual": 3 * 70 + 11 + 2 * 17 + 1,
         "layer_norm": 3 * 70,
         "geglu": 70,
+        "geglu_product": 70,
         "group_norm": 2 * 17 + 11 + 1,
         "opaque": 157,
     }

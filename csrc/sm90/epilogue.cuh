@@ -36,8 +36,8 @@ struct ColumnLoads {
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x % kGroup + e * kGroup;
       const bool gate = C::kGeglu && i >= C::kTileOut;
-      const int n = n0 + i - (gate ? C::kTileOut : 0);
-      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, n + (gate ? outputs : 0)) : ChannelEpilogue{0.f, 0.f, 0};
+      const int n = n0 + i - (gate ? C::kTileOut : 0), row = gate ? outputs + n : n;
+      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
   __device__ __forceinline__ void store(const Columns<C>& to) const {

@@ -18,7 +18,4 @@ __device__ __forceinline__ float2 unpack2(Float type, uint32_t v) {
   return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
 }
 
-// As they are once they were written.
-__device__ __forceinline__ float2 rounded(Float type, float a, float b) { return unpack2(type, pack2(type, a, b)); }
-
 }  // namespace mixdq::sm90

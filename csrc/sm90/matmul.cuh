@@ -21,7 +21,7 @@
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/cutlass.h"
 #include "sm90/epilogue.cuh"
-#include "sm90/geglu.cuh"
+#include "sm90/geglu_epilogue.cuh"
 #include "sm90/kernels.h"
 #include "sm90/load.cuh"
 #include "sm90/tensor_map.h"

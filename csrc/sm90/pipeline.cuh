@@ -15,6 +15,9 @@ constexpr int kStepBytes = 32;  // of a row, that one instruction multiplies
 constexpr int kRaster = 16;     // tile rows that are walked together, so that their inputs stay in the L2 cache
 constexpr int kGroup = 128;     // threads of a warpgroup
 
+// GEGLU computes with 16 values and their gates of a row at a time, as 16-bit floats in shared memory.
+constexpr int kPart = 16, kPartPitch = 4 * kPart;
+
 enum class Turns { single, sharing, ping_pong, cooperative };
 
 template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8, bool Geglu_ = false>
@@ -44,7 +47,7 @@ struct Config {
   // Where a block has one tile those, or the sums of a split reduction, take the place of the stages.
   static constexpr int kWarpRows = 16 * kBlocksM;
   static constexpr int kChunk = TileN % 32 == 0 ? 32 : 16;
-  static constexpr int kBufferBytes = kWarpRows * (kGeglu ? kTileOut : kChunk * 2);
+  static constexpr int kBufferBytes = kWarpRows * (kGeglu ? kTileOut + kPartPitch : kChunk * 2);
   static constexpr int kSumsRow = TileN + 8;
 
   static constexpr int kVectorBytes = kMathGroups * TileN * 12;
@@ -63,7 +66,7 @@ struct Config {
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
   static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
-  static_assert(!kGeglu || !kOneTile && kTileOut % 16 == 0 && kBufferBytes % 128 == 0);
+  static_assert(!kGeglu || !kOneTile && kTileOut % kPart == 0 && kBufferBytes % 128 == 0);
 };
 
 struct Params {
