@@ -29,15 +29,15 @@ MISTAKES = [
     Mistake(
         "a slot counts as empty one warp too early",
         MATMUL,
-        r"turns == Turns::cooperative \? 8 : 4\)",
-        "turns == Turns::cooperative ? 7 : 3)",
-        "random_problems and sm90_256x128",
+        r"C::turns == Turns::ping_pong \? 4 :",
+        "C::turns == Turns::ping_pong ? 3 :",
+        "random_problems and sm90_128x128",
     ),
     Mistake(
         "codes are spread before all warps have packed ones",
         MATMUL,
-        r"FullBarrier::init\(sm.full\(i\), C::packed \? 4 : 1\)",
-        "FullBarrier::init(sm.full(i), C::packed ? 3 : 1)",
+        r"FullBarrier::init\(sm.full\(i\), C::packed \? 4 : 2\)",
+        "FullBarrier::init(sm.full(i), C::packed ? 3 : 2)",
         "random_problems and sm90_128x160_packed",
     ),
     Mistake(
@@ -76,11 +76,25 @@ MISTAKES = [
         "random_problems and sm90_64x64",
     ),
     Mistake(
-        "a warp overtakes another in the staging rows",
+        "a buffer is written while a copy still reads it",
         "sm90/epilogue.cuh",
-        r"(staged<Piece, C>\(staging, row, c\);\n      \}\);\n)      __syncwarp\(\);\n",
-        r"\1",
-        "random_problems and sm90_64x160",
+        r"cute::tma_store_wait<C::kBuffers - 1>\(\);",
+        ";",
+        "random_problems and sm90_64x160 and not sharing",
+    ),
+    Mistake(
+        "outputs are not fenced for the copies that take them away",
+        "sm90/epilogue.cuh",
+        r"cutlass::arch::fence_view_async_shared\(\);",
+        "",
+        "random_problems and sm90_64x64 and not sharing",
+    ),
+    Mistake(
+        "a block tells only itself that a shared slot is empty",
+        "sm90/multiply.cuh",
+        r"if \(lane < blocks\) EmptyBarrier",
+        "if (lane == 0) EmptyBarrier",
+        "random_problems and sm90_64x64_sharing",
     ),
     Mistake(
         "gates lie where the values are",
@@ -89,7 +103,7 @@ MISTAKES = [
         "sm.weight(stage)",
         "geglu_in_the_product",
     ),
-    Mistake("a descriptor's stride", "sm90/wgmma.cuh", r"1024 >> 4", "512 >> 4", "random_problems and sm90_128x64"),
+    Mistake("a descriptor's stride", "sm90/wgmma.cuh", r"every \* 64", "every * 32", "random_problems and sm90_128x64"),
     Mistake(
         "the corner of a dilated window",
         "sm90/tensor_map.cu",
@@ -135,8 +149,8 @@ MISTAKES = [
     Mistake(
         "the math groups do not wait for the kernel ahead",
         MATMUL,
-        r"warpgroup_reg_alloc<232>\(\);\n  wait_for_previous\(\);",
-        "warpgroup_reg_alloc<232>();",
+        r"(warpgroup_reg_alloc<232>\(\);\n  warm_parameters\(p\);\n)  wait_for_previous\(\);",
+        r"\1",
         "random_problems and sm90_128x128",
     ),
     Mistake(
