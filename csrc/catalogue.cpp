@@ -92,16 +92,18 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   return best;
 }
 
-// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the last one. The arithmetic at the end
-// of a tile is long, and only while another tile is multiplied does it take no time.
+// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the one with the smallest tiles. The
+// arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time.
 Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
   Choice choice;
+  int64_t most = 0;
   const auto& kernels = catalogue();
   for (int i = 0; i < int(kernels.size()); ++i) {
     const Kernel& kernel = kernels[i];
     if (!only.empty() && only != kernel.family || !why_not(kernel, p, arch).empty()) continue;
-    choice = {i, 1, false};
-    if (ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n) >= int64_t(2) * sm_count) break;
+    const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
+    if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
+    if (tiles > most) choice = {i, 1, false}, most = tiles;
   }
   return choice;
 }
@@ -192,6 +194,7 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x80_floating", "sm90", 64, 80, 1, 8, true, true},
       {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
+      {"sm90_128x128_geglu", "sm90", 128, 128, 2, 1, false, false, false, true},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x64", "sm80", 128, 64, 0, 1, false},
       {"sm80_64x64", "sm80", 64, 64, 0, 1, false},

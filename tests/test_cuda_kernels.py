@@ -599,7 +599,7 @@ def test_geglu_quantize():
         assert q.is_contiguous()
 
 
-@pytest.mark.parametrize("kernel", ["", "sm90_128x160_geglu", "sm90_64x160_geglu", "sm80"])
+@pytest.mark.parametrize("kernel", ["", *(f"sm90_{tile}_geglu" for tile in ("128x160", "128x128", "64x160")), "sm80"])
 def test_geglu_in_the_product_equals_two_operators(kernel, monkeypatch):
     """Bit for bit, also where the kernel must leave it to the two: odd sizes, several groups, float32."""
     if kernel:

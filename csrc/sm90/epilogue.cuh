@@ -30,14 +30,17 @@ struct ColumnLoads {
   static constexpr int kEach = (C::kTileN + kGroup - 1) / kGroup;
   ChannelEpilogue values[kEach];
 
+  // The row of the weight in column i of a tile; w.n or more where there is none.
+  static __device__ __forceinline__ int weight_row(const Weight& w, int n0, int i) {
+    if constexpr (!C::kGeglu) return n0 + i;
+    const int half = w.n / 2, n = n0 + i % C::kTileOut;
+    return n < half ? n + i / C::kTileOut * half : w.n;
+  }
   __device__ __forceinline__ void load(const Weight& w, int n0) {
-    const int outputs = C::kGeglu ? w.n / 2 : w.n;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x % kGroup + e * kGroup;
-      const bool gate = C::kGeglu && i >= C::kTileOut;
-      const int n = n0 + i - (gate ? C::kTileOut : 0), row = gate ? outputs + n : n;
-      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
+      const int i = threadIdx.x % kGroup + e * kGroup, row = weight_row(w, n0, i);
+      values[e] = i < C::kTileN && row < w.n ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
   __device__ __forceinline__ void store(const Columns<C>& to) const {
@@ -154,6 +157,7 @@ using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 // where a bulk copy takes them away.
 template <class C>
 struct Staging {
+  static constexpr int kBytes = C::kGeglu ? 1 : 2;  // of an output
   uint8_t* memory;
   int turn = 0;
 
@@ -164,11 +168,11 @@ struct Staging {
     return memory + turn * C::kBufferBytes;
   }
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int first_byte) {
+                                       int c0) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (at.lane == 0) {
-      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, first_byte, at.row0);
+      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c0) * kBytes, at.row0);
       cute::tma_store_arrive();
     }
   }
@@ -230,7 +234,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    staging.send(p, t, at, buffer, (t.n0 + c0) * 2);
+    staging.send(p, t, at, buffer, c0);
   }
 }
 
