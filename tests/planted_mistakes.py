@@ -89,13 +89,6 @@ MISTAKES = [
         "sm.weight(stage)",
         "geglu_in_the_product",
     ),
-    Mistake(
-        "a part is overwritten while a lane reads it",
-        "sm90/geglu_epilogue.cuh",
-        r"__syncwarp\(\);         // all have read the part before\n",
-        "\n",
-        "geglu_in_the_product",
-    ),
     Mistake("a descriptor's stride", "sm90/wgmma.cuh", r"1024 >> 4", "512 >> 4", "random_problems and sm90_128x64"),
     Mistake(
         "the corner of a dilated window",
