@@ -76,7 +76,7 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}_geglu") for tile in ("128x160", "128x128", "64x160")),
     Kernel("sm90_128x128_floating"),
     Kernel("sm90_64x80_floating", 8),
-    *(Kernel(f"sm80_{tile}") for tile in ("128x128", "128x64", "64x64", "64x16")),
+    *(Kernel(f"sm80_{tile}") for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),
     Kernel("few_rows"),
     Kernel("direct"),
 ]

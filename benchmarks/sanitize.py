@@ -97,6 +97,13 @@ def quantizers() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"quantize {channels}", call.quantize, (rows, *STATIC, groups, None)
         yield f"quantize_per_token {channels}", call.quantize_per_token, (rows, 8, groups)
         yield f"layer_norm_quantize {channels}", call.layer_norm_quantize, (rows, *vectors, *STATIC, groups)
+        qdata, alpha, beta, bias = weight(COLUMNS, channels, 8)
+        bos = rows[1, 0].clone(), torch.randn(COLUMNS)
+        yield (
+            f"bos row {channels}",
+            call.quantized_linear,
+            (rows, *STATIC, qdata, alpha, beta, bias, 8, groups, *bos),
+        )
         wide = torch.randn(13, 2 * channels).half()
         yield f"geglu_quantize {channels}", call.geglu_quantize, (wide, *STATIC, groups)
         for layout, x in (("contiguous", image), ("channels-last", last)):

@@ -27,6 +27,7 @@ constexpr int kStageKeys = kStageChunks * kChunk;
 constexpr int kRingChunks = 2 * kStageChunks;
 constexpr int kMostWarps = 16;  // more would leave too few registers for each
 constexpr int kMostKeyWarps = 4;
+constexpr int kMostShared = 99 * 1024;  // sm_86 and sm_89 have no more
 // Rows lie 16 bytes further apart than they are long, so that eight of them are in different banks for ldmatrix.
 constexpr int kPitch = kC + 8;
 constexpr int kRing = kRingChunks * kChunk * kPitch;  // elements of the keys in both stages; the values follow
@@ -42,6 +43,10 @@ struct Shape {
     int inputs = (rows * kRows * kPitch + 2 * kRing) * 2;
     int sums = warps() * kRows * (kSumsPitch * 4 + int(sizeof(float2)));  // in their place, after the last stage
     return inputs > sums ? inputs : sums;
+  }
+  bool fits() const {
+    bool counts = rows >= 1 && keys >= 1 && keys <= kMostKeyWarps && warps() <= kMostWarps;
+    return counts && shared_bytes() <= kMostShared;
   }
 };
 
@@ -316,7 +321,7 @@ Shape choose(const Attention& p, int sm_count) {
   }
   int64_t least = INT64_MAX;
   for (int keys = 1; keys <= kMostKeyWarps; ++keys) {
-    for (int rows = 1; rows * keys <= kMostWarps; ++rows) {
+    for (int rows = 1; Shape{rows, keys}.fits(); ++rows) {
       int64_t cycles = estimate(p, {rows, keys}, sm_count);
       if (cycles < least) best = {rows, keys}, least = cycles;
     }
@@ -330,8 +335,7 @@ cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
   static std::atomic<uint64_t> asked{0};
   uint64_t bit = on.device < 64 ? uint64_t(1) << on.device : 0;
   if (!(asked.load() & bit)) {
-    constexpr int kMost = 99 * 1024;  // sm_86 and sm_89 have no more
-    cudaError_t error = cudaFuncSetAttribute(attend<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
+    cudaError_t error = cudaFuncSetAttribute(attend<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
     if (error != cudaSuccess) return error;
     asked |= bit;
   }
@@ -346,8 +350,7 @@ cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
 
 cudaError_t attention(const Attention& p, const Stream& on) {
   Shape warps = choose(p, on.sm_count);
-  bool fits = warps.rows >= 1 && warps.keys >= 1 && warps.keys <= kMostKeyWarps && warps.warps() <= kMostWarps;
-  if (!fits || p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
+  if (!warps.fits() || p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
   return p.type == Float::f16 ? run<__half>(p, warps, on) : run<__nv_bfloat16>(p, warps, on);
 }
 

@@ -1,12 +1,14 @@
 #include "catalogue.h"
 
 #include <algorithm>
+#include <array>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
 #include <string_view>
+#include <unordered_map>
 
 // Whether sm90/ was compiled, which only sm_90a can run.
 #ifndef MIXDQ_SM90
@@ -51,10 +53,12 @@ const char* beyond_im2col(const Matmul& p) {
   return nullptr;
 }
 
-// Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family.
+// Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family. Those of sm90 lose
+// least against the timings of an H200 (benchmarks/NOTES.md).
 double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count) {
   bool sm90 = std::string_view(kernel.family) == "sm90";
-  double macs = sm90 && !p.floating ? 4096 : 2048, bytes_in = 48, bytes_out = 32;  // per cycle
+  // Per cycle: products, bytes to shared memory, bytes of the output.
+  double macs = sm90 && !p.floating ? 4096 : 2048, bytes_in = sm90 ? 66 : 42, bytes_out = sm90 ? 88 : 48;
   int64_t tiles_n = 0;
   for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
   const int shared_by = kernel.sharing ? splits : 1;
@@ -63,13 +67,14 @@ double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count)
   int64_t steps = ceil_div(p.taps() * ceil_div(p.x.channels, kStep), splits);
   int64_t rounds = ceil_div(blocks, sm_count);
   double tile = double(kernel.tile_m) * kernel.tile_n;
-  double math = tile * kStep / macs * (kernel.packed ? 1.5 : 1);  // spreading packed codes takes instructions
+  double math = tile * kStep / macs * (kernel.packed ? 5 : 1);  // spreading packed codes takes instructions
   double weight_bytes = (kernel.packed ? p.bits / 8. : 1) / shared_by;
   double step = std::max(math, (kernel.tile_m * p.element_bytes() + kernel.tile_n * weight_bytes) * kStep / bytes_in);
-  // Tiles overlap with the end of the ones before them, except where all warps work on one tile.
-  double ends = kernel.tile_m > 128 ? rounds : 1;
-  double cycles = rounds * steps * step + ends * (600 + tile * 2 / bytes_out);
-  if (splits > 1) cycles += 500 + tile * 4 / bytes_out;
+  // Persistent kernels begin a tile while another ends, except where all warps work on one tile; of those that are not,
+  // two blocks share a multiprocessor, and half of an end is hidden by the other one.
+  double ends = !sm90 ? (rounds + 1) / 2. : kernel.tile_m > 128 ? rounds : 1;
+  double cycles = rounds * steps * step + ends * (430 + tile * 2 / bytes_out);
+  if (splits > 1) cycles += 7500 + tile * 4 / 16;
   if (p.bits != 8 && !kernel.packed) cycles += 3500 + double(p.n()) * p.k() * 1.5 / (20. * sm_count);
   return cycles;
 }
@@ -124,11 +129,50 @@ Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = 
   return {find_kernel("direct"), 1, false};
 }
 
+// All of a problem that a choice can depend on: sizes and strides, and of addresses how they are aligned.
+static_assert(kMaxWeights == 4);
+using Facts = std::array<int64_t, 31>;
+
+Facts facts_of(const Matmul& p, int arch, int sm_count) {
+  uintptr_t weights = 0;
+  int64_t n[kMaxWeights] = {};
+  for (int i = 0; i < p.weight_count; ++i) {
+    weights |= reinterpret_cast<uintptr_t>(p.weights[i].data);
+    n[i] = p.weights[i].n;
+  }
+  const Image& x = p.x;
+  const Window& w = p.window;
+  const int64_t alignment[] = {int64_t(reinterpret_cast<uintptr_t>(x.data) % 16), int64_t(weights % 16)};
+  return {x.batch,     x.height,     x.width,      x.channels,   x.stride_n,     x.stride_h,   x.stride_w,
+          w.r,         w.s,          w.stride_h,   w.stride_w,   w.dilation_h,   w.dilation_w, p.out_h,
+          p.out_w,     p.floating,   p.bits,       p.pitch(),    p.weight_count, n[0],         n[1],
+          n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type),
+          p.geglu ? 1 + int64_t(p.out_type) : 0, int64_t(reinterpret_cast<uintptr_t>(p.out) % 16), p.out_stride};
+}
+
+struct FactsHash {
+  size_t operator()(const Facts& facts) const {
+    uint64_t hash = 0;
+    for (int64_t fact : facts) hash = (hash ^ uint64_t(fact)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 29;
+    return hash;
+  }
+};
+
 // Splits as the kernel takes them: a power of two, at most its largest.
 int allowed_splits(const Kernel& kernel, int wanted) {
   int splits = 1;
   while (splits * 2 <= std::min(wanted, kernel.max_splits)) splits *= 2;
   return splits;
+}
+
+Choice by_table_or_rule(const Matmul& p, int arch, int sm_count) {
+  if (const Tuned* row = p.floating || p.geglu ? nullptr : nearest(tuning_table(), p, arch)) {
+    int i = find_kernel(row->kernel);
+    if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
+      return {i, allowed_splits(catalogue()[i], row->splits), true};
+    }
+  }
+  return by_rule(p, arch, sm_count);
 }
 
 Choice by_environment(const char* wanted, const Matmul& p, int arch) {
@@ -195,10 +239,12 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
       {"sm90_128x128_geglu", "sm90", 128, 128, 2, 1, false, false, false, true},
+      {"sm80_128x160", "sm80", 128, 160, 0, 1, false},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
-      {"sm80_128x64", "sm80", 128, 64, 0, 1, false},
+      {"sm80_128x80", "sm80", 128, 80, 0, 1, false},
       {"sm80_64x64", "sm80", 64, 64, 0, 1, false},
-      {"sm80_64x16", "sm80", 64, 16, 0, 1, false},
+      {"sm80_64x32", "sm80", 64, 32, 0, 1, false},
+      {"sm80_128x16", "sm80", 128, 16, 0, 1, false},
       {"few_rows", "any", kFewRows, 1, 0, 1, true},
       {"direct", "any", 64, 64, 0, 1, false},
   };
@@ -282,13 +328,13 @@ Choice select(const Matmul& p, int arch, int sm_count) {
     Choice forced = by_environment(wanted, p, arch);
     if (forced.kernel >= 0) return forced;
   }
-  if (const Tuned* row = p.floating || p.geglu ? nullptr : nearest(tuning_table(), p, arch)) {
-    int i = find_kernel(row->kernel);
-    if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
-      return {i, allowed_splits(catalogue()[i], row->splits), true};
-    }
-  }
-  return by_rule(p, arch, sm_count);
+  // A choice takes longer than all else that an operator does by itself, and a model has but a few hundred problems.
+  constexpr size_t kMost = 4096;
+  static thread_local std::unordered_map<Facts, Choice, FactsHash> known;
+  const Facts facts = facts_of(p, arch, sm_count);
+  if (auto found = known.find(facts); found != known.end()) return found->second;
+  if (known.size() == kMost) known.clear();
+  return known[facts] = by_table_or_rule(p, arch, sm_count);
 }
 
 std::string Matmul::str() const {

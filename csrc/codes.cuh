@@ -8,23 +8,6 @@ namespace mixdq {
 
 constexpr int kVector = 8;  // elements that a thread handles at once: 16 bytes of half precision, 8 bytes of codes
 
-// Division of numbers below 2^31 by one that the host knows: a multiplication and a shift.
-struct Divider {
-  uint32_t divisor = 1, multiplier = 1, shift = 0;
-
-  Divider() = default;
-  explicit Divider(int64_t d) : divisor(uint32_t(d)) {
-    while ((uint64_t(1) << shift) < divisor) ++shift;
-    multiplier = uint32_t((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor) / divisor + 1);
-  }
-  __device__ uint32_t divide(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-  __device__ uint32_t divide(uint32_t n, uint32_t& rest) const {
-    uint32_t q = divide(n);
-    rest = n - q * divisor;
-    return q;
-  }
-};
-
 constexpr int64_t kIndexLimit = int64_t(1) << 31;
 
 // Output pixels (or rows) in the order of the output, and where their values lie in the input.

@@ -53,6 +53,23 @@ cudaError_t launch(void (*kernel)(Args...), const Grid& grid, const Stream& on, 
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// Division of numbers below 2^31 by one that the host knows: a multiplication and a shift.
+struct Divider {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(uint32_t(d)) {
+    while ((uint64_t(1) << shift) < divisor) ++shift;
+    multiplier = uint32_t((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor) / divisor + 1);
+  }
+  __device__ uint32_t divide(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
+  __device__ uint32_t divide(uint32_t n, uint32_t& rest) const {
+    uint32_t q = divide(n);
+    rest = n - q * divisor;
+    return q;
+  }
+};
+
 template <class T>
 __device__ __forceinline__ float to_float(T v) {
   return float(v);
@@ -87,9 +104,20 @@ struct ChannelEpilogue {
 };
 
 __device__ __forceinline__ ChannelEpilogue channel_epilogue(const Weight& w, int n) {
-  float offset = w.beta ? w.beta[n] : 0.f;
-  if (w.bias) offset += load_float(w.bias, w.bias_type, n);
-  return {w.alpha[n], offset, w.weight_sum ? w.weight_sum[n] : 0};
+  // The bias last: it is converted as soon as it is there, and the others are on their way meanwhile.
+  ChannelEpilogue c = {w.alpha[n], w.beta ? w.beta[n] : 0.f, w.weight_sum ? w.weight_sum[n] : 0};
+  if (w.bias) c.offset += load_float(w.bias, w.bias_type, n);
+  return c;
+}
+
+// Brings the epilogue of a channel near. A kernel ahead may still write it: the L2 cache is where everybody sees that.
+__device__ __forceinline__ void prefetch_epilogue(const Weight& w, int n) {
+#ifdef __CUDA_ARCH__
+  auto prefetch = [](const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
+  prefetch(w.alpha + n);
+  if (w.beta) prefetch(w.beta + n);
+  if (w.bias) prefetch(static_cast<const char*>(w.bias) + n * (w.bias_type == Float::f32 ? 4 : 2));
+#endif
 }
 
 // The epilogue in float32, before the residual; row_scale and row_zero_point only count where the problem is dynamic.

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 3) direct_kernel(const __grid_consta
   float v[4][4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    if (row0 + down + r < m) load_residual(p, row0 + down + r, column, count, vectors, v[r]);
+    if (row0 + down + r < m) load_residual(p, residual_row(p, row0 + down + r) + column, count, vectors, v[r]);
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) {

@@ -220,14 +220,16 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
       inside |= 1u << i;
     }
   };
-  load();  // under way while the statistics are put together
+  load();  // under way while the statistics are put together, as are these
+  NormWeights weights;
+  if (p < end) weights.load(norm, channel);
+  Encoder e = encoder_of_channel(codes, channel);
 
   int size = shares.group_channels, groups = slab.channels / size;
   put_together(shares, image, s * groups, groups, norm.eps, moments);
   if (p >= end) return;
   float scale[kVector], shift[kVector];
-  load_weights(norm.weight, norm.type, channel, 1.f, scale);
-  load_weights(norm.bias, norm.type, channel, 0.f, shift);
+  weights.get(norm, scale, shift);
   int g = v * kVector / size, c = v * kVector - g * size;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
@@ -236,7 +238,6 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
     shift[k] -= m.x * scale[k];
     if (++c == size) c = 0, ++g;
   }
-  Encoder e = encoder_of_channel(codes, channel);
   uint32_t b = e.border();
   b = pack(b, b, b, b);
   while (true) {

@@ -20,11 +20,8 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
   load_row(raw, x, first, step, vectors);
   // Where a thread has a single vector, few warps run, and the weights are best under way while the row is summed.
   constexpr bool kEarly = kVectors == 1;
-  float weight[kVector], bias[kVector];
-  if (kEarly && first < vectors) {
-    load_weights(norm.weight, norm.type, first * kVector, 1.f, weight);
-    load_weights(norm.bias, norm.type, first * kVector, 0.f, bias);
-  }
+  NormWeights weights;
+  if (kEarly && first < vectors) weights.load(norm, first * kVector);
   Encoder e = encoder(codes, 0);
 
   float sum = 0.f;
@@ -54,13 +51,11 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
   for (int j = 0; j < kVectors; ++j) {
     int v = first + j * step;
     if (v >= vectors) break;
-    if (!kEarly) {
-      load_weights(norm.weight, norm.type, v * kVector, 1.f, weight);
-      load_weights(norm.bias, norm.type, v * kVector, 0.f, bias);
-    }
+    if (!kEarly) weights.load(norm, v * kVector);
     if (codes.groups > 1) e = encoder(codes, group_of(codes, v * kVector));
-    float f[kVector];
+    float f[kVector], weight[kVector], bias[kVector];
     raw[j].get(f);
+    weights.get(norm, weight, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) f[i] = (f[i] - mean) * rstd * weight[i] + bias[i];
     to[v] = encode(f, e);

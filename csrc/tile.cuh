@@ -78,14 +78,12 @@ __device__ __forceinline__ int64_t residual_row(const Matmul& p, int64_t row) {
   return (p.residual_rows == 1 ? row : row / p.residual_rows) * p.residual_stride;
 }
 
-// `count` values of the residual, or zeros where there is none.
+// `count` values of the residual from place `at` on, or zeros where there is none.
 template <int V>
-__device__ __forceinline__ void load_residual(const Matmul& p, int64_t row, int64_t column, int count, bool vectors,
-                                              float (&v)[V]) {
+__device__ __forceinline__ void load_residual(const Matmul& p, int64_t at, int count, bool vectors, float (&v)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) v[j] = 0.f;
   if (!p.residual) return;
-  int64_t at = residual_row(p, row) + column;
   if (!vectors) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -109,7 +107,17 @@ __device__ __forceinline__ void load_residual(const Matmul& p, int64_t row, int6
   }
 }
 
-// Rounds and writes `count` values; as one or two vectors where that is possible, then count is V.
+__device__ __forceinline__ uint32_t two_halves(Float type, float low, float high) {
+  if (type == Float::f16) {
+    __half2 two = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(two);
+  }
+  __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+
+// Rounds and writes `count` values; as one or two vectors where that is possible, then count is V. Of an assignment nvcc
+// would make a store for each word where the words come from several branches; __stwb is one store.
 template <int V>
 __device__ __forceinline__ void store_out(const Matmul& p, int64_t row, int64_t column, int count, bool vectors,
                                           const float (&v)[V]) {
@@ -122,17 +130,19 @@ __device__ __forceinline__ void store_out(const Matmul& p, int64_t row, int64_t 
   } else if (p.out_type == Float::f32) {
 #pragma unroll
     for (int j = 0; j < V; j += 4) {
-      *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at + j) =
-          make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+      __stwb(reinterpret_cast<float4*>(static_cast<float*>(p.out) + at + j),
+             make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]));
     }
   } else {
-    Halves<uint16_t, V> raw;
+    uint32_t words[V / 2];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      raw.value[j] = p.out_type == Float::f16 ? __half_as_ushort(__float2half_rn(v[j]))
-                                              : __bfloat16_as_ushort(__float2bfloat16_rn(v[j]));
+    for (int j = 0; j < V / 2; ++j) words[j] = two_halves(p.out_type, v[2 * j], v[2 * j + 1]);
+    uint16_t* to = static_cast<uint16_t*>(p.out) + at;
+    if constexpr (V == 8) {
+      __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    } else {
+      __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
     }
-    *reinterpret_cast<typename VectorOf<V * 2>::Type*>(static_cast<uint16_t*>(p.out) + at) = raw.vector;
   }
 }
 

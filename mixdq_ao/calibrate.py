@@ -16,7 +16,7 @@ from mixdq_ao.checkpoint import LayerParams, QuantParams, check_format, model_ha
 from mixdq_ao.errors import MixDQError, name_list
 from mixdq_ao.files import TensorFile, first_line, parse_json, write_tensors
 from mixdq_ao.fingerprints import arguments_digest, digest, fingerprints
-from mixdq_ao.layers import BOS_TOLERANCE
+from mixdq_ao.ops import BOS_TOLERANCE
 from mixdq_ao.progress import track
 from mixdq_ao.ranges import METHODS, InputRange, scale_and_zero_point
 from mixdq_ao.tensor import MixDQTensor

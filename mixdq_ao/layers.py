@@ -3,15 +3,15 @@
 ``w`` is a ``tensor.MixDQTensor``, of which only inner tensors and attributes are read: its shape and dtype are slow.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from mixdq_ao import ops
 from mixdq_ao.errors import MixDQError, UnsupportedError
 
-# How near the first token must be to bos_input, relative to the largest |bos_input|: text encoders in fp16 and bf16
-# round differently from run to run, while another token or a zeroed prompt is far away.
-BOS_TOLERANCE = 2**-6
+_op = torch.ops.mixdq_ao
 
 
 def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, weight_sum: Tensor):
@@ -24,53 +24,90 @@ def static_alpha_beta(scale: Tensor, act_scale: Tensor, act_zero_point: Tensor, 
 
 def linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
+    if torch.compiler.is_compiling():
+        return _linear_traced(x, w, _checked_for_linear(x, w, bias))
+    if x.is_cuda and not ops.cuda_library_missing:
+        try:  # The CUDA library checks what it is given, much faster.
+            return _linear_eager(x, w, bias)
+        except RuntimeError:
+            pass  # What is wrong is said in the layer's words, else again in the operator's.
+    return _linear_eager(x, w, _checked_for_linear(x, w, bias))
+
+
+def _linear_eager(x: Tensor, w, bias: Tensor | None) -> Tensor:
+    """One operator, whatever the layer has: each call from Python costs as much as a small kernel."""
+    if w.act_bits is None:
+        return _op.linear_weight_only.default(
+            x, w.qdata, w.scale, bias, w.bits, w.input_groups, w.bos_input, w.bos_output
+        )
+    if w.act_scale is None:
+        return _op.quantized_linear_dynamic.default(
+            x, w.act_bits, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, w.bos_input, w.bos_output
+        )
+    return _op.quantized_linear.default(
+        x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups,
+        w.bos_input, w.bos_output,
+    )  # fmt: skip
+
+
+def _linear_traced(x: Tensor, w, bias: Tensor | None) -> Tensor:
+    """Quantizer and BOS row as aten arithmetic, which Inductor fuses with what is around them."""
+    if w.act_bits is None:
+        y = _op.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
+    elif w.act_scale is None:
+        xq, *ranges = ops.quantize_per_token_traced(x, w.act_bits, w.input_groups)
+        y = _op.linear_int8_dynamic(xq, *ranges, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype)
+    else:
+        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
+        y = _op.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
+    return ops.with_bos_row(y, x, w.bos_input, w.bos_output)
+
+
+def _checked_for_linear(x: Tensor, w, bias: Tensor | None) -> Tensor | None:
     bias = _checked_operands(x, w, bias, 2, "F.linear")
     if x.shape[-1] != sum(w.input_groups):
         raise MixDQError(f"F.linear: the input's last dimension must be {w.shape[1]}; found shape {list(x.shape)}")
-    if w.act_bits is None:
-        y = torch.ops.mixdq_ao.linear_weight_only(x, w.qdata, w.scale, bias, w.bits, w.input_groups)
-    elif w.act_scale is None:
-        y = _linear_dynamic(x, w, bias)
-    elif torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, w.act_scale, w.act_zero_point, w.act_bits, w.input_groups)
-        y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, x.dtype)
-    else:
-        y = torch.ops.mixdq_ao.quantized_linear(
-            x, w.act_scale, w.act_zero_point, w.act_bits, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups
-        )
-    return y if w.bos_output is None else with_bos_row(y, x, w.bos_input, w.bos_output)
-
-
-def _linear_dynamic(x: Tensor, w, bias: Tensor | None) -> Tensor:
-    per_token = (
-        ops.quantize_per_token_traced if torch.compiler.is_compiling() else torch.ops.mixdq_ao.quantize_per_token
-    )
-    xq, x_scale, x_zero_point = per_token(x, w.act_bits, w.input_groups)
-    return torch.ops.mixdq_ao.linear_int8_dynamic(
-        xq, x_scale, x_zero_point, w.qdata, w.scale, w.weight_sum, bias, w.bits, w.input_groups, x.dtype
-    )
-
-
-def with_bos_row(y: Tensor, x: Tensor, bos_input: Tensor | None, bos_output: Tensor) -> Tensor:
-    """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``. A 2-D input is one sample."""
-    if x.dim() < 2 or x.shape[-2] == 0:
-        return y
-    first = bos_output.to(y.dtype).expand_as(y[..., 0, :])
-    if bos_input is not None:
-        bos = bos_input.float()
-        distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
-        first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
-    y[..., 0, :] = first
-    return y
+    return bias
 
 
 def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """``F.conv2d``: ``[batch, in, height, width]``, or without batch, in the dtype of ``x``."""
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation, groups).squeeze(0)
+    given = bias, stride, padding, dilation
+    if torch.compiler.is_compiling():
+        return _conv2d_traced(x, w, *_checked_for_conv2d(x, w, *given, groups))
+    if x.is_cuda and groups == 1 and not ops.cuda_library_missing:
+        try:  # As in linear(). Lists, which cannot be looked up, are a TypeError.
+            return _conv2d_eager(x, w, bias, *_known_geometry(w.qdata.shape[2:], stride, padding, dilation))
+        except (RuntimeError, TypeError, ValueError):
+            pass
+    return _conv2d_eager(x, w, *_checked_for_conv2d(x, w, *given, groups))
+
+
+def _conv2d_eager(x: Tensor, w, bias: Tensor | None, stride, dilation, pad) -> Tensor:
+    if w.act_bits is None:
+        return _op.conv2d_weight_only.default(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
+    act_scale, act_zero_point, alpha, beta = _conv_range(x, w)
+    return _op.quantized_conv2d.default(
+        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
+        w.input_groups,
+    )  # fmt: skip
+
+
+def _conv2d_traced(x: Tensor, w, bias: Tensor | None, stride, dilation, pad) -> Tensor:
+    if w.act_bits is None:
+        return _op.conv2d_weight_only(x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups)
+    act_scale, act_zero_point, alpha, beta = _conv_range(x, w)
+    xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
+    return _op.conv2d_int8(xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype)
+
+
+def _checked_for_conv2d(x, w, bias, stride, padding, dilation, groups) -> tuple:
+    """Bias, stride, dilation and padding as the operators take them."""
     bias = _checked_operands(x, w, bias, 4, "F.conv2d")
     if groups != 1:
         raise UnsupportedError(f"F.conv2d: grouped convolutions cannot be quantized; found groups={groups}")
-    if x.dim() == 3:
-        return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation).squeeze(0)
     channels, kernel = sum(w.input_groups), w.qdata.shape[2:]
     if x.dim() != 4 or x.shape[1] != channels:
         raise MixDQError(f"F.conv2d: the input must be [batch, {channels}, height, width]; found shape {list(x.shape)}")
@@ -81,23 +118,14 @@ def conv2d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor
             f"F.conv2d: the kernel {list(kernel)} with dilation {list(dilation)} does not fit into the padded input "
             f"{[height, width]}"
         )
-    if w.act_bits is None:
-        return torch.ops.mixdq_ao.conv2d_weight_only(
-            x, w.qdata, w.scale, bias, stride, pad, dilation, w.bits, w.input_groups
-        )
-    if w.act_scale is None:
-        act_scale, act_zero_point, alpha, beta = _dynamic_conv_range(x, w)
-    else:
-        act_scale, act_zero_point, alpha, beta = w.act_scale, w.act_zero_point, w.alpha, w.beta
-    if torch.compiler.is_compiling():
-        xq = ops.quantize_traced(x, act_scale, act_zero_point, w.act_bits, w.input_groups, pad)
-        return torch.ops.mixdq_ao.conv2d_int8(
-            xq, w.qdata, alpha, beta, bias, stride, (0, 0), dilation, w.bits, w.input_groups, x.dtype
-        )
-    return torch.ops.mixdq_ao.quantized_conv2d(
-        x, act_scale, act_zero_point, w.act_bits, w.qdata, alpha, beta, bias, stride, pad, dilation, w.bits,
-        w.input_groups,
-    )  # fmt: skip
+    return bias, stride, dilation, pad
+
+
+def _conv_range(x: Tensor, w) -> tuple:
+    """Scale and zero point of the input, and the epilogue's alpha and beta."""
+    if w.act_scale is not None:
+        return w.act_scale, w.act_zero_point, w.alpha, w.beta
+    return _dynamic_conv_range(x, w)
 
 
 def _dynamic_conv_range(x: Tensor, w):
@@ -108,6 +136,8 @@ def _dynamic_conv_range(x: Tensor, w):
 
 def _checked_operands(x, w, bias: Tensor | None, dim: int, op: str) -> Tensor | None:
     """The bias, or None where there is none. Asks ``w.qdata`` what it can: properties of a subclass are slow."""
+    if type(x) is type(w):
+        raise UnsupportedError(f"{op}: only the weight may be a quantized tensor")
     qdata = w.qdata
     if qdata.dim() != dim:
         raise MixDQError(f"{op}: the quantized weight has shape {list(w.shape)}, which is not {dim}-dimensional")
@@ -126,6 +156,9 @@ def conv_geometry(kernel, stride, padding, dilation) -> tuple:
     """What ``F.conv2d`` takes, in one form: stride and dilation as pairs, padding as left, right, top, bottom."""
     stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     return stride, dilation, _pad(padding, kernel, stride, dilation)
+
+
+_known_geometry = lru_cache(maxsize=1024)(conv_geometry)
 
 
 def _pair(value, name: str, least: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ Shapes: ``x`` is ``[..., in]`` for linear and ``[batch, in, height, width]`` for
 ``[out]`` of any floating dtype, ``weight_sum`` int32 ``[groups, out]``, ``act_scale`` and ``act_zero_point`` float32
 ``[groups]``. Convolution outputs are channels-last. ``residual`` has the shape of the output, or for a
 convolution ``[batch, out, 1, 1]``, and any floating dtype; it is added in float32, before the one rounding.
+``bos_input [in]`` and ``bos_output [out]``, of any floating dtype, are a first token and what a layer makes of it: see
+``with_bos_row``.
 """
 
 import glob
@@ -29,6 +31,10 @@ from mixdq_ao.packing import unpack
 _QUANTIZE_BLOCK = 2**18
 _ROW_BLOCK = 512
 _IM2COL_BYTES = 2**22
+
+# How near the first token must be to bos_input, relative to the largest |bos_input|: text encoders in fp16 and bf16
+# round differently from run to run, while another token or a zeroed prompt is far away.
+BOS_TOLERANCE = 2**-6
 
 _lib = torch.library.Library("mixdq_ao", "DEF")
 
@@ -285,6 +291,22 @@ def _check_residual(residual: Tensor | None, *shapes) -> None:
         raise MixDQError(f"residual must have the output's shape {list(shapes[0])}; found {list(residual.shape)}")
 
 
+def with_bos_row(y: Tensor, x: Tensor, bos_input: Tensor | None, bos_output: Tensor | None) -> Tensor:
+    """Row 0 of each sample becomes ``bos_output`` where token 0 is ``bos_input``, or anyway without a ``bos_input``.
+
+    A 2-D input is one sample, and a token by itself is none. The operators that take these tensors do the same.
+    """
+    if bos_output is None or x.dim() < 2 or x.shape[-2] == 0:
+        return y
+    first = bos_output.to(y.dtype).expand_as(y[..., 0, :])
+    if bos_input is not None:
+        bos = bos_input.float()
+        distance = (x[..., 0, :].float() - bos).abs().amax(-1, keepdim=True)
+        first = torch.where(distance <= BOS_TOLERANCE * bos.abs().amax(), first, y[..., 0, :])
+    y[..., 0, :] = first
+    return y
+
+
 @define(
     "linear_int8(Tensor xq, Tensor qdata, Tensor alpha, Tensor beta, Tensor? bias, int bits, int[] input_groups, "
     "ScalarType out_dtype, Tensor? residual=None) -> Tensor"
@@ -431,15 +453,40 @@ def _(xq, qdata, alpha, beta, bias, stride, padding, dilation, bits, input_group
 
 @define(
     "quantized_linear(Tensor x, Tensor act_scale, Tensor act_zero_point, int act_bits, Tensor qdata, Tensor alpha, "
-    "Tensor beta, Tensor? bias, int bits, int[] input_groups) -> Tensor"
+    "Tensor beta, Tensor? bias, int bits, int[] input_groups, Tensor? bos_input=None, Tensor? bos_output=None) "
+    "-> Tensor"
 )
-def _quantized_linear(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups):
+def _quantized_linear(
+    x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups, bos_input=None,
+    bos_output=None,
+):  # fmt: skip
     xq = _quantize(x, act_scale, act_zero_point, act_bits, input_groups, None)
-    return _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, x.dtype)
+    y = _linear_int8(xq, qdata, alpha, beta, bias, bits, input_groups, x.dtype)
+    return with_bos_row(y, x, bos_input, bos_output)
 
 
 @fake("quantized_linear")
-def _(x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups):
+def _(
+    x, act_scale, act_zero_point, act_bits, qdata, alpha, beta, bias, bits, input_groups, bos_input=None,
+    bos_output=None,
+):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+@define(
+    "quantized_linear_dynamic(Tensor x, int act_bits, Tensor qdata, Tensor scale, Tensor weight_sum, Tensor? bias, "
+    "int bits, int[] input_groups, Tensor? bos_input=None, Tensor? bos_output=None) -> Tensor"
+)
+def _quantized_linear_dynamic(
+    x, act_bits, qdata, scale, weight_sum, bias, bits, input_groups, bos_input=None, bos_output=None
+):
+    xq, *ranges = _quantize_per_token(x, act_bits, input_groups)
+    y = _linear_int8_dynamic(xq, *ranges, qdata, scale, weight_sum, bias, bits, input_groups, x.dtype)
+    return with_bos_row(y, x, bos_input, bos_output)
+
+
+@fake("quantized_linear_dynamic")
+def _(x, act_bits, qdata, scale, weight_sum, bias, bits, input_groups, bos_input=None, bos_output=None):
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
@@ -474,17 +521,18 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, input_groups, dtype: tor
 
 
 @define(
-    "linear_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int[] input_groups) -> Tensor"
+    "linear_weight_only(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int[] input_groups, "
+    "Tensor? bos_input=None, Tensor? bos_output=None) -> Tensor"
 )
-def _linear_weight_only(x, qdata, scale, bias, bits, input_groups):
+def _linear_weight_only(x, qdata, scale, bias, bits, input_groups, bos_input=None, bos_output=None):
     weight = dequantize(qdata, scale, bits, input_groups, x.dtype)
     # As rows and contiguous, so that the output's strides do not depend on the input's.
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
-    return _as_rows_of(x, y.contiguous())
+    return with_bos_row(_as_rows_of(x, y.contiguous()), x, bos_input, bos_output)
 
 
 @fake("linear_weight_only")
-def _(x, qdata, scale, bias, bits, input_groups):
+def _(x, qdata, scale, bias, bits, input_groups, bos_input=None, bos_output=None):
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 

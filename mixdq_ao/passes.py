@@ -104,7 +104,7 @@ def group_norm_quantize(x: Tensor, w: MixDQTensor, num_groups: int, weight, bias
 def linear(xq: Tensor, w: MixDQTensor, bias, dtype, text=None, residual=None) -> Tensor:
     """``text`` is the floating input of a layer with a BOS output."""
     y = torch.ops.mixdq_ao.linear_int8(xq, w.qdata, w.alpha, w.beta, bias, w.bits, w.input_groups, dtype, residual)
-    return y if text is None else layers.with_bos_row(y, text, w.bos_input, w.bos_output)
+    return y if text is None else ops.with_bos_row(y, text, w.bos_input, w.bos_output)
 
 
 def linear_geglu(xq: Tensor, w: MixDQTensor, bias, dtype, reader: MixDQTensor) -> Tensor:
@@ -127,7 +127,7 @@ def linear_multi(xq: Tensor, ws: list[MixDQTensor], biases: list, dtype, text=No
         dtype,
     )
     if text is not None:
-        y = layers.with_bos_row(y, text, ws[0].bos_input, torch.cat([w.bos_output for w in ws]))
+        y = ops.with_bos_row(y, text, ws[0].bos_input, torch.cat([w.bos_output for w in ws]))
     return y.split([w.qdata.shape[0] for w in ws], dim=-1)
 
 

@@ -16,7 +16,6 @@ from mixdq_ao import families, ops
 from mixdq_ao.bits import ACT_BITS, FLOAT_BITS, WEIGHT_BITS, act_width, width
 from mixdq_ao.checkpoint import QuantParams
 from mixdq_ao.errors import MixDQError, PlanError, name_list
-from mixdq_ao.layers import BOS_TOLERANCE
 from mixdq_ao.plan import BitPlan
 from mixdq_ao.watching import LayerWeight
 
@@ -78,7 +77,7 @@ def is_bos(x: Tensor, bos_input: Tensor | None) -> Tensor:
         return torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device)
     bos = bos_input.to(x.device).float()
     distance = (x[:, 0].float() - bos).abs().amax(-1, keepdim=True)
-    return distance <= BOS_TOLERANCE * bos.abs().amax()
+    return distance <= ops.BOS_TOLERANCE * bos.abs().amax()
 
 
 def rounded_weight(weight: Tensor, bits: int, scale: Tensor | None = None, groups: list[int] | None = None) -> Tensor:

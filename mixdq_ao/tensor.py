@@ -314,6 +314,14 @@ class MixDQTensor(TorchAOBaseTensor):
         )
 
     @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        # torchao's way to the same handlers costs an eager call 1.5 microseconds more.
+        layer = _LAYERS.get(func)
+        if layer is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        return layer(*args, **kwargs) if kwargs else layer(*args)
+
+    @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
         if handler is None:
@@ -444,7 +452,7 @@ class InferenceOnly(torch.autograd.Function):
 
 
 def _run(layer, x, w, bias, *args) -> Tensor:
-    if not isinstance(w, MixDQTensor) or isinstance(x, MixDQTensor):
+    if not isinstance(w, MixDQTensor):
         raise UnsupportedError(f"F.{layer.__name__}: only the weight may be a quantized tensor")
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not wants_grad or torch.compiler.is_exporting():
@@ -454,22 +462,25 @@ def _run(layer, x, w, bias, *args) -> Tensor:
     return InferenceOnly.apply(output, x if x.requires_grad else bias)
 
 
-@implements_torch_function([F.linear])
+def _linear(input, weight, bias=None):
+    return _run(layers.linear, input, weight, bias)
+
+
+def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _run(layers.conv2d, input, weight, bias, stride, padding, dilation, groups)
+
+
+_LAYERS = {F.linear: _linear, F.conv2d: _conv2d}
+
+
 @implements([aten.linear.default])
 def _(func, types, args, kwargs):
-    def bind(input, weight, bias=None):
-        return input, weight, bias
-
-    return _run(layers.linear, *bind(*args, **kwargs))
+    return _linear(*args, **kwargs)
 
 
-@implements_torch_function([F.conv2d])
 @implements([aten.conv2d.default, aten.conv2d.padding])
 def _(func, types, args, kwargs):
-    def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        return input, weight, bias, stride, padding, dilation, groups
-
-    return _run(layers.conv2d, *bind(*args, **kwargs))
+    return _conv2d(*args, **kwargs)
 
 
 @implements([aten.convolution.default])

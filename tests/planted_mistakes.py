@@ -100,22 +100,22 @@ MISTAKES = [
     Mistake(
         "cp.async is waited for one group too late",
         "sm80/matmul.cuh",
-        r"cp_async_wait<C::kStages - 2>\(\);\n    __syncthreads",
-        "cp_async_wait<C::kStages - 1>();\n    __syncthreads",
+        r"cp_async_wait<C::kStages - 2>\(\);\n    sync_group",
+        "cp_async_wait<C::kStages - 1>();\n    sync_group",
         "random_problems and sm80_64x64",
     ),
     Mistake(
         "a stage is overwritten while a warp reads it",
         "sm80/matmul.cuh",
-        r"cp_async_wait<C::kStages - 2>\(\);\n    __syncthreads\(\);",
+        r"cp_async_wait<C::kStages - 2>\(\);\n    sync_group<C>\(group\);",
         "cp_async_wait<C::kStages - 2>();",
-        "random_problems and sm80_128x64",
+        "random_problems and sm80_128x80",
     ),
     Mistake(
         "rows past the end are read",
         "sm80/matmul.cuh",
-        r"first_pixel\(p, row < m \? row : m - 1\)",
-        "first_pixel(p, row)",
+        r"first_pixel\(min\((.*), m - 1\)\)",
+        r"first_pixel(\1)",
         "random_problems and sm80_128x128",
     ),
     Mistake(
@@ -128,8 +128,8 @@ MISTAKES = [
     Mistake(
         "the epilogue's vectors are read before the kernel ahead has written them",
         "sm80/matmul.cuh",
-        r"  wait_for_previous\(\);\n  let_next_start\(\);\n(  ChannelEpilogue vector = \{\};\n.*\n.*\n)",
-        r"\1  wait_for_previous();\n  let_next_start();\n",
+        r"(  wait_for_previous\(\);\n  let_next_start\(\);\n(?:.*\n)*?.*fence\(\);\n  \}\n)((?:.*\n){5})",
+        r"\2\1",
         "random_problems and sm80_64x64",
     ),
     Mistake(
@@ -152,6 +152,13 @@ MISTAKES = [
         r"wait_for_previous\(\);\n  let_next_start\(\);",
         "let_next_start();\n  wait_for_previous();",
         "layer_norm_quantize",
+    ),
+    Mistake(
+        "a known first row is written before the product under it",
+        "bos.cu",
+        r"wait_for_previous\(\);\n  let_next_start\(\);\n",
+        "",
+        "known_first",
     ),
     Mistake(
         "pixels do not share the residual of their image",

@@ -55,7 +55,7 @@ def check(found: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, what) ->
     assert sqnr(exact(q, k, v, scale), found) > (45 if q.dtype == torch.bfloat16 else 60), what
 
 
-@pytest.mark.parametrize("shape", ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "16:1"])
+@pytest.mark.parametrize("shape", ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1"])
 def test_random_problems(shape, monkeypatch):
     """``shape``: warps by rows and keys; "" is the library's own choice."""
     monkeypatch.setenv("MIXDQ_ATTENTION", shape)

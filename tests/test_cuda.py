@@ -87,6 +87,39 @@ def test_wrong_device_is_a_clear_error():
         F.linear(torch.randn(2, 16, device="cuda"), w)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_wrong_arguments_are_told_in_the_words_of_the_layer(activation, monkeypatch):
+    """Where the library checks them, and not the layer, which here takes a CPU's tensors for those of a GPU."""
+    if not ON_GPU:
+        monkeypatch.setattr(mixdq_ao.ops, "cuda_library_missing", "")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    w = MixDQTensor.from_float(torch.randn(8, 16, device=DEVICE), **ACTIVATIONS[activation])
+    x = torch.randn(2, 16, device=DEVICE)
+    wrong = {
+        r"F.linear: the input's last dimension must be 16; found shape \[2, 15\]": lambda: F.linear(x[:, :15], w),
+        "F.linear: the input must be floating; found torch.int64": lambda: F.linear(x.long(), w),
+        r"F.linear: the bias must have 8 values; found shape \[5\]": lambda: F.linear(x, w, x[0, :5]),
+        "F.linear: only the weight may be a quantized tensor": lambda: F.linear(w, w),
+        "the input must be float16, bfloat16 or float32 on CUDA": lambda: F.linear(x.double(), w),
+    }
+    c = MixDQTensor.from_float(torch.randn(8, 16, 3, 3, device=DEVICE), **ACTIVATIONS[activation])
+    image = torch.randn(1, 16, 5, 5, device=DEVICE)
+    wrong |= {
+        r"F.conv2d: the input must be \[batch, 16, height, width\]": lambda: F.conv2d(image[:, :15], c),
+        "F.conv2d: the input must be floating; found torch.int64": lambda: F.conv2d(image.long(), c),
+        r"F.conv2d: the bias must have 8 values; found shape \[5\]": lambda: F.conv2d(image, c, x[0, :5]),
+        r"F.conv2d: the kernel \[3, 3\] with dilation \[1, 1\] does not fit": lambda: F.conv2d(image[..., :2], c),
+        "F.conv2d: stride must be at least 1; found 0": lambda: F.conv2d(image, c, stride=0),
+        "F.conv2d: the quantized weight has shape": lambda: F.conv2d(image, w, padding="same"),
+    }
+    with kernels():
+        for message, call in wrong.items():
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                call()
+        assert torch.equal(F.linear(x, w, x.new_empty(0)), F.linear(x, w))
+        assert torch.equal(F.conv2d(image[0], c), F.conv2d(image, c)[0])
+
+
 def moved(inputs: dict) -> dict:
     return {k: moved(v) if isinstance(v, dict) else v.to(DEVICE) for k, v in inputs.items()}
 

@@ -41,7 +41,7 @@ FORCED = [
     *(f"sm90_{tile}_sharing:{blocks}" for tile in ("64x64", "64x160", "128x160") for blocks in (1, 2, 4)),
     *(f"sm90_{tile}_packed" for tile in ("128x160", "64x160")),
     *(f"sm90_{tile}_packed:{splits}" for tile in ("64x80", "128x64") for splits in (1, 2, 8)),
-    *(f"sm80_{tile}" for tile in ("128x128", "128x64", "64x64", "64x16")),
+    *(f"sm80_{tile}" for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),
     "few_rows",
     "direct",
 ]
@@ -445,7 +445,7 @@ def test_every_layer_of_sdxl(pixels, batch, kernel, monkeypatch):
     assert {type(layer) for layer in found} == {Linear, Conv}
 
 
-@pytest.mark.parametrize("kernel", ["", "sm90_128x128", "sm90_64x64:8", "sm80_128x64", "direct"])
+@pytest.mark.parametrize("kernel", ["", "sm90_128x128", "sm90_64x64:8", "sm80_128x80", "direct"])
 def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
     """The longest reduction that a weight may have, every product at its extreme."""
     if kernel:
@@ -459,7 +459,7 @@ def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
         assert y.unique().tolist() == [float(torch.tensor(a * b * k, dtype=torch.float32))]
 
 
-@pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_64x16", "direct"])
+@pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_128x16", "direct"])
 @pytest.mark.parametrize("lead", [(1, 3, 3), (2, 2, 2), (3, 1, 5)])
 def test_pixels_of_an_image_share_a_row_of_the_residual(lead, kernel, monkeypatch):
     if kernel:
@@ -601,7 +601,7 @@ def test_geglu_quantize():
 
 @pytest.mark.parametrize("kernel", ["", *(f"sm90_{tile}_geglu" for tile in ("128x160", "128x128", "64x160")), "sm80"])
 def test_geglu_in_the_product_equals_two_operators(kernel, monkeypatch):
-    """Bit for bit, also where the kernel must leave it to the two: odd sizes, several groups, float32."""
+    """Bit for bit, also where no kernel joins them: odd sizes, several groups, float32."""
     if kernel:
         monkeypatch.setenv("MIXDQ_KERNEL", kernel)
     for i in range(48 if ON_GPU else 16):
@@ -610,8 +610,7 @@ def test_geglu_in_the_product_equals_two_operators(kernel, monkeypatch):
         half, k = 16 * rng.randint(1, 24), 16 * rng.randint(1, 90)
         rows, groups = log_uniform(rng, 4000 if ON_GPU else 600), [k]
         if not suits:
-            dtype, groups = rng.choice(((torch.float32, [k]), (dtype, [k, 16])))
-            half = rng.choice((half, half + 5))
+            groups, half = rng.choice((([k], half + 5), ([k, 16], half)))
         torch.manual_seed(i)
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (2 * half, sum(groups)), device=DEVICE)
         unit = 2 / (74 * 2 ** (bits - 1) * math.sqrt(sum(groups)))
@@ -624,11 +623,12 @@ def test_geglu_in_the_product_equals_two_operators(kernel, monkeypatch):
         lead = rng.choice(((rows,), (2, rows), ()))
         x = torch.randint(-128, 128, (*lead, sum(groups)), dtype=torch.int8, device=DEVICE)
         x, static = laid_out(x, rng.choice(LINEAR_LAYOUTS)), draw_static(rng, [half])
-        one = ops.linear_int8_geglu(x, *weight, dtype, *static)
-        two = ops.geglu_quantize(ops.linear_int8(x, *weight, dtype), *static, [half])
-        told = (lead, half, groups, bits, dtype, static)
-        assert one.dtype == torch.int8 and one.shape == (*lead, half) and one.is_contiguous(), told
-        assert torch.equal(one, two), (told, (one != two).nonzero()[:3].tolist())
+        for rounded in (dtype, torch.float32):  # the same problem, which another kernel must do
+            one = ops.linear_int8_geglu(x, *weight, rounded, *static)
+            two = ops.geglu_quantize(ops.linear_int8(x, *weight, rounded), *static, [half])
+            told = (lead, half, groups, bits, rounded, static)
+            assert one.dtype == torch.int8 and one.shape == (*lead, half) and one.is_contiguous(), told
+            assert torch.equal(one, two), (told, (one != two).nonzero()[:3].tolist())
 
 
 def test_group_norm_quantize():
@@ -677,6 +677,67 @@ def test_quantize_and_multiply_in_one_call_equals_two():
         else:
             one = ops.quantized_linear(x, *static, *weight, bits, groups)
             two = ops.linear_int8(ops.quantize(x, *static, groups, None), *weight, bits, groups, x.dtype)
+        assert torch.equal(one, two) and one.stride() == two.stride(), (x.shape, x.stride(), groups, bits, n)
+
+
+def draw_bos(rng: random.Random, x: Tensor, columns: int) -> tuple[Tensor | None, Tensor]:
+    """A token and its output, of any floating dtype; some samples of ``x`` begin with it, or nearly, or with a NaN."""
+    dtypes = (*FLOATS, torch.float64)
+    output = torch.randn(columns, device=DEVICE).to(rng.choice(dtypes))
+    if rng.random() < 0.2:
+        return None, output
+    bos = (torch.randn(x.shape[-1], device=DEVICE) * 40).to(x.dtype).to(rng.choice(dtypes))
+    if rng.random() < 0.2:
+        bos[rng.randrange(len(bos))] = rng.choice((float("nan"), float("inf"), 3e4))
+    if x.dim() > 1 and x.numel():
+        first = x[..., 0, :]
+        noise = torch.zeros_like(first)
+        noise[..., rng.randrange(x.shape[-1])] = rng.choice((0, 0.9, 1.1, float("nan"))) * 2**-6 * bos.abs().max()
+        known = torch.rand(first.shape[:-1], device=DEVICE)[..., None] < 0.6
+        first.copy_(torch.where(known, bos.to(x.dtype) + noise, first))
+    return bos, output
+
+
+@pytest.mark.parametrize("name", ["quantized_linear", "quantized_linear_dynamic", "linear_weight_only"])
+def test_known_first_tokens(name):
+    """The very rows that the arithmetic writes, and nothing else."""
+    written = 0
+    for i in range(50):
+        rng = random.Random(f"bos {name} {i}")
+        x, groups = draw_input(rng, image=False)
+        if rng.random() < 0.3 and x.dim() > 1:
+            x = laid_out(x[None].expand(2, *x.shape).contiguous(), "batch-strided")
+        n, bits = log_uniform(rng, 300), rng.choice((8, 4, 2))
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, sum(groups)), dtype=torch.int8, device=DEVICE)
+        weight, scale = pack(codes, bits, groups), torch.rand(len(groups), n, device=DEVICE) * 1e-2
+        bias = torch.randn(n, device=DEVICE)
+        if name == "quantized_linear":
+            args = (x, *draw_static(rng, groups), weight, scale, torch.randn(n, device=DEVICE), bias, bits, groups)
+        elif name == "quantized_linear_dynamic":
+            weight_sum = torch.stack([p.sum(1, dtype=torch.int32) for p in codes.split(groups, 1)])
+            args = (x, rng.choice((8, 4)), weight, scale, weight_sum, bias, bits, groups)
+        else:
+            args = (x, weight, scale, bias, bits, groups)
+        bos = draw_bos(rng, x, n)
+        plain, found = getattr(ops, name)(*args), getattr(ops, name)(*args, *bos)
+        expected = mixdq_ops.with_bos_row(plain.clone(), x, *bos)
+        told = (x.shape, x.stride(), x.dtype, n, [None if t is None else t.dtype for t in bos])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(told))
+        written += not torch.equal(expected.nan_to_num(), plain.nan_to_num())
+    assert written > 10
+
+
+def test_quantize_per_token_and_multiply_in_one_call_equals_two():
+    for i in range(30):
+        rng = random.Random(f"one dynamic call {i}")
+        x, groups = draw_input(rng, image=False)
+        bits, act_bits, n = rng.choice((8, 4, 2)), rng.choice((8, 4)), log_uniform(rng, 300)
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, sum(groups)), dtype=torch.int8, device=DEVICE)
+        weight_sum = torch.stack([p.sum(1, dtype=torch.int32) for p in codes.split(groups, 1)])
+        weight = (pack(codes, bits, groups), torch.rand(len(groups), n, device=DEVICE) * 1e-2, weight_sum)
+        weight = (*weight, torch.randn(n, device=DEVICE).to(x.dtype), bits, groups)
+        one = ops.quantized_linear_dynamic(x, act_bits, *weight)
+        two = ops.linear_int8_dynamic(*ops.quantize_per_token(x, act_bits, groups), *weight, x.dtype)
         assert torch.equal(one, two) and one.stride() == two.stride(), (x.shape, x.stride(), groups, bits, n)
 
 
@@ -847,6 +908,11 @@ def test_empty_inputs():
     assert xq.shape == (2, 0, 16)
     assert ops.linear_int8(xq, *weight, bits, [16], torch.float16).shape == (2, 0, 8)
     assert ops.quantized_linear(x, *static, *weight, bits, [16]).shape == (2, 0, 8)
+    bos = torch.ones(16, device=DEVICE), torch.ones(8, device=DEVICE)
+    assert ops.quantized_linear(x, *static, *weight, bits, [16], *bos).shape == (2, 0, 8)
+    weight_sum = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
+    assert ops.quantized_linear_dynamic(x, 8, *weight[:2], weight_sum, None, 8, [16], *bos).shape == (2, 0, 8)
+    assert ops.linear_weight_only(x, *weight[:2], None, 8, [16], *bos).shape == (2, 0, 8)
     assert [t.shape for t in ops.quantize_per_token(x, 8, [16])] == [(2, 0, 16), (2, 0, 1), (2, 0, 1)]
     image = torch.empty(0, 16, 5, 5, device=DEVICE)
     y = ops.quantized_conv2d(image, *static, *image_weight, (1, 1), (1, 1, 1, 1), (1, 1), 8, [16])

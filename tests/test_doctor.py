@@ -46,10 +46,12 @@ def test_which_kernel_runs_a_layer():
         "\n".join([f"{found.problem}, on sm_{found.arch}", *rows]),
         """\
 m 4096, n 640, k 8, 8-bit weight, on sm_80
+sm80_128x160: needs a multiple of 16 input channels; found 8
 sm80_128x128: needs a multiple of 16 input channels; found 8
-sm80_128x64: needs a multiple of 16 input channels; found 8
+sm80_128x80: needs a multiple of 16 input channels; found 8
 sm80_64x64: needs a multiple of 16 input channels; found 8
-sm80_64x16: needs a multiple of 16 input channels; found 8
+sm80_64x32: needs a multiple of 16 input channels; found 8
+sm80_128x16: needs a multiple of 16 input channels; found 8
 few_rows: takes up to 16 rows; found 4096
 direct: runs, by rule""",
     )

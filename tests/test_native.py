@@ -172,12 +172,12 @@ def in_a_new_process(code: str, **settings: str) -> subprocess.CompletedProcess:
 def test_a_table_may_be_given_without_building_it_in(tmp_path):
     table = tmp_path / "table.inc"
     # On every GPU of the table, and one that the rule would not choose.
-    rows = {(90, (4096, 640, 640, 1, 8)): ("sm80_64x16", 1), (80, (4096, 640, 640, 1, 8)): ("direct", 1)}
+    rows = {(90, (4096, 640, 640, 1, 8)): ("sm80_128x16", 1), (80, (4096, 640, 640, 1, 8)): ("direct", 1)}
     tune.write_table(table, rows)
     code = "print([native.select(4200, 640, 640, arch=a) for a in (90, 80, 86)], len(native.tuning_table()))"
     done = in_a_new_process(code, MIXDQ_TUNING_TABLE=str(table))
     others = native.select(4200, 640, 640, arch=86), len(native.tuning_table()) + 2
-    assert done.stdout == "[{}, {}, {}] {}\n".format("sm80_64x16:1 (tuned)", "direct:1 (tuned)", *others), done.stderr
+    assert done.stdout == "[{}, {}, {}] {}\n".format("sm80_128x16:1 (tuned)", "direct:1 (tuned)", *others), done.stderr
 
 
 @catalogued

@@ -229,6 +229,15 @@ def test_dynamic_linear_is_exact(case, rows, dtype):
     assert_same(y, torch.from_numpy(expected).to(dtype))
 
 
+@given(cases(), st.integers(0, 9), dtypes)
+def test_two_dynamic_steps_equal_one(case, rows, dtype):
+    w, x = case.weight, case.input((rows, sum(case.groups)), dtype)
+    weight_sum = torch.stack([p.sum(1, dtype=torch.int32) for p in w.int_repr().split(case.groups, 1)])
+    weight = (w.qdata, w.scale, weight_sum, case.bias, w.bits, w.input_groups)
+    two = ops.linear_int8_dynamic(*ops.quantize_per_token(x, w.act_bits, w.input_groups), *weight, dtype)
+    assert_same(ops.quantized_linear_dynamic(x, w.act_bits, *weight), two)
+
+
 @pytest.mark.parametrize("groups", [[6], [2, 4]])
 @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 4, 1), (2, 4, 5)])
 def test_codes_of_tokens_are_rows_whatever_the_layout(shape, groups):
@@ -406,6 +415,7 @@ def op_cases():
                 "linear_int8_dynamic": (xq, s, z, w.qdata, w.scale, weight_sum, lin.bias, bits, groups, torch.float32),
                 "conv2d_int8": (imageq, *static_conv, stride, (1, 2), dilation, bits, groups, torch.float16),
                 "quantized_linear": (x, *act, *static, bits, groups),
+                "quantized_linear_dynamic": (x, 8, w.qdata, w.scale, weight_sum, lin.bias, bits, groups),
                 "quantized_conv2d": (image, *act, *static_conv, stride, pad, dilation, bits, groups),
                 "linear_weight_only": (x, w.qdata, w.scale, lin.bias, bits, groups),
                 "conv2d_weight_only": (image, v.qdata, v.scale, conv.bias, stride, pad, dilation, bits, groups),
@@ -416,6 +426,9 @@ def op_cases():
             yield f"group_norm_quantize-no pad-int{bits}-{layout}", "group_norm_quantize", (
                 image, sum(groups), None, *norm[1:], False, *act, groups, None,
             )  # fmt: skip
+            bos = lin.input((sum(groups),), torch.float16), lin.input((6,))
+            for name in ("quantized_linear", "quantized_linear_dynamic", "linear_weight_only"):
+                yield f"{name}-bos-int{bits}-{layout}", name, (*calls[name], *bos)
             for name, r in (("linear_int8", residual), ("conv2d_int8", image_residual)):
                 yield f"{name}-residual-int{bits}-{layout}", name, (*calls[name], r)
     w = make_case(6, [16]).weight

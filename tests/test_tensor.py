@@ -21,7 +21,7 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor, get_model_size_in_bytes
 
 from mixdq_ao.errors import MixDQError, PlanError, UnsupportedError
-from mixdq_ao.layers import BOS_TOLERANCE
+from mixdq_ao.ops import BOS_TOLERANCE
 from mixdq_ao.tensor import MAX_REDUCTION, MixDQTensor
 
 aten = torch.ops.aten

@@ -71,4 +71,16 @@ Norm norm_of(Call& call, const OptionalTensor& weight, const OptionalTensor& bia
   return norm;
 }
 
+Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, int64_t channels, int64_t columns) {
+  Bos bos;
+  bos.input = call.float_vector(input, "bos_input", channels, &bos.input_type);
+  bos.output = call.float_vector(output, "bos_output", columns, &bos.output_type);
+  return bos;
+}
+
+void write_bos(Call& call, const Floats& x, const View& view, const Bos& bos, void* out, Float type, int64_t columns) {
+  if (!bos.output || view.dims < 2) return;
+  call.check(write_bos_rows(x, view.size[view.dims - 2], bos, out, type, columns, call.on()), "the known first row");
+}
+
 }  // namespace mixdq

@@ -1,5 +1,6 @@
-// What the quantizers take: floating tensors, static parameters, padding, norms.
+// What operators with a floating input take: its layout, static parameters, padding, norms, a known first token.
 #pragma once
+#include "bos.h"
 #include "ops/call.h"
 #include "quantize.h"
 
@@ -17,5 +18,11 @@ Codes static_codes(Call& call, const Tensor& scale, const Tensor& zero_point, in
 Pad checked_pad(const Call& call, const Ints& pad);
 
 Norm norm_of(Call& call, const OptionalTensor& weight, const OptionalTensor& bias, double eps, int64_t channels);
+
+Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, int64_t channels, int64_t columns);
+
+// x [..., tokens, channels] has the sizes of `view`, and out [..., tokens, columns] is dense. Nothing is launched where
+// no output is known, and where x has no tokens.
+void write_bos(Call& call, const Floats& x, const View& view, const Bos& bos, void* out, Float type, int64_t columns);
 
 }  // namespace mixdq

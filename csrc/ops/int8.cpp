@@ -7,7 +7,8 @@ namespace mixdq {
 namespace {
 
 Tensor linear_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha, const Tensor& beta,
-                      OptionalTensor bias, int64_t bits, Ints groups, ScalarType out_dtype, OptionalTensor residual) {
+                      const OptionalTensor& bias, int64_t bits, const Ints& groups, ScalarType out_dtype,
+                      const OptionalTensor& residual) {
   Call call("linear_int8", xq);
   View view;
   Matmul p = row_problem(code_rows(call, xq, &view), bits);
@@ -22,19 +23,25 @@ Tensor linear_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
   return out;
 }
 
+Weight dynamic_weight(Call& call, const Tensor& qdata, const Tensor& scale, const Tensor& weight_sum,
+                      const OptionalTensor& bias, const Ints& groups, int64_t bits) {
+  Weight w = stored_weight(call, qdata, groups, bits, 2, nullptr);
+  const int64_t count = int64_t(groups.size()) * w.n;
+  w.alpha = call.floats(scale, "scale", count);
+  w.weight_sum = static_cast<const int32_t*>(call.values(weight_sum, "weight_sum", count, dtypes().int32).data);
+  w.bias = call.float_vector(bias, "bias", w.n, &w.bias_type);
+  return w;
+}
+
 Tensor linear_int8_dynamic_op(const Tensor& xq, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& qdata,
-                              const Tensor& scale, const Tensor& weight_sum, OptionalTensor bias, int64_t bits,
-                              Ints groups, ScalarType out_dtype) {
+                              const Tensor& scale, const Tensor& weight_sum, const OptionalTensor& bias, int64_t bits,
+                              const Ints& groups, ScalarType out_dtype) {
   Call call("linear_int8_dynamic", xq);
   View view;
   Matmul p = row_problem(code_rows(call, xq, &view), bits);
   check_groups(call, groups, p.x.channels, bits);
-  Weight w = stored_weight(call, qdata, groups, bits, 2, nullptr);
+  p.weights[0] = dynamic_weight(call, qdata, scale, weight_sum, bias, groups, bits);
   const int64_t count = int64_t(groups.size());
-  w.alpha = call.floats(scale, "scale", count * w.n);
-  w.weight_sum = static_cast<const int32_t*>(call.values(weight_sum, "weight_sum", count * w.n, dtypes().int32).data);
-  w.bias = call.float_vector(bias, "bias", w.n, &w.bias_type);
-  p.weights[0] = w;
   p.row_scale = call.floats(x_scale, "x_scale", p.m() * count);
   p.row_zero_point = call.floats(x_zero_point, "x_zero_point", p.m() * count);
   p.row_stride = count;
@@ -85,9 +92,9 @@ bool continues(const Weight& a, const Weight& b, int64_t row_bytes) {
   return a.bias_type == b.bias_type && static_cast<const char*>(a.bias) + a.n * bytes_of(a.bias_type) == b.bias;
 }
 
-Tensor linear_int8_multi_op(const Tensor& xq, std::vector<Tensor> qdata, std::vector<Tensor> alpha,
-                            std::vector<Tensor> beta, std::vector<OptionalTensor> bias, Ints bits, Ints groups,
-                            ScalarType out_dtype) {
+Tensor linear_int8_multi_op(const Tensor& xq, const std::vector<Tensor>& qdata, const std::vector<Tensor>& alpha,
+                            const std::vector<Tensor>& beta, const std::vector<OptionalTensor>& bias,
+                            const Ints& bits, const Ints& groups, ScalarType out_dtype) {
   Call call("linear_int8_multi", xq);
   size_t count = qdata.size();
   STD_TORCH_CHECK(count > 0 && alpha.size() == count && beta.size() == count && bias.size() == count &&
@@ -131,8 +138,8 @@ Tensor linear_int8_multi_op(const Tensor& xq, std::vector<Tensor> qdata, std::ve
 }
 
 Tensor conv2d_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha, const Tensor& beta,
-                      OptionalTensor bias, Ints stride, Ints padding, Ints dilation, int64_t bits, Ints groups,
-                      ScalarType out_dtype, OptionalTensor residual) {
+                      const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
+                      int64_t bits, const Ints& groups, ScalarType out_dtype, const OptionalTensor& residual) {
   Call call("conv2d_int8", xq);
   STD_TORCH_CHECK(padding.size() == 2, call.op(), ": padding must be a pair");
   Matmul p;
@@ -149,29 +156,63 @@ Tensor conv2d_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
   return convolve(call, p, groups, call.float_type(out_dtype), residual);
 }
 
+// The product of codes [rows, channels] in scratch memory, and over its first rows what is known of them.
+Tensor finish_linear(Call& call, Matmul& p, const Floats& x, const View& view, const Bos& bos, const Ints& groups) {
+  Tensor out = call.empty_rows(view, p.n(), dtype_of(x.type));
+  if (x.rows() == 0) return out;
+  set_out(p, call.look(out, "the output"), x.type, p.n());
+  multiply(call, p, groups);
+  write_bos(call, x, view, bos, p.out, x.type, p.n());
+  return out;
+}
+
 Tensor quantized_linear_op(const Tensor& x, const Tensor& act_scale, const Tensor& act_zero_point, int64_t act_bits,
-                           const Tensor& qdata, const Tensor& alpha, const Tensor& beta, OptionalTensor bias,
-                           int64_t bits, Ints groups) {
+                           const Tensor& qdata, const Tensor& alpha, const Tensor& beta, const OptionalTensor& bias,
+                           int64_t bits, const Ints& groups, const OptionalTensor& bos_input,
+                           const OptionalTensor& bos_output) {
   Call call("quantized_linear", x);
   View view;
   Floats f = float_rows(call, x, &view);
   Codes codes = static_codes(call, act_scale, act_zero_point, act_bits, groups, f.channels());
   check_groups(call, groups, f.channels(), bits);
   Weight w = static_weight(call, qdata, alpha, beta, bias, groups, bits);
-  Tensor out = call.empty_rows(view, w.n, dtype_of(f.type));
-  if (f.rows() == 0) return out;
+  Bos bos = bos_of(call, bos_input, bos_output, f.channels(), w.n);
   auto* xq = static_cast<int8_t*>(call.scratch(f.rows() * f.channels()));
-  call.check(quantize(f, codes, Pad{}, xq, call.on()), "the quantizer");
+  if (f.rows()) call.check(quantize(f, codes, Pad{}, xq, call.on()), "the quantizer");
   Matmul p = row_problem(dense_image(xq, 1, 1, f.rows(), f.channels()), bits);
   p.weights[0] = w;
-  set_out(p, call.look(out, "the output"), f.type, w.n);
-  multiply(call, p, groups);
-  return out;
+  return finish_linear(call, p, f, view, bos, groups);
+}
+
+Tensor quantized_linear_dynamic_op(const Tensor& x, int64_t act_bits, const Tensor& qdata, const Tensor& scale,
+                                   const Tensor& weight_sum, const OptionalTensor& bias, int64_t bits,
+                                   const Ints& groups, const OptionalTensor& bos_input,
+                                   const OptionalTensor& bos_output) {
+  Call call("quantized_linear_dynamic", x);
+  View view;
+  Floats f = float_rows(call, x, &view);
+  Codes codes;
+  set_groups(call, codes, act_bits, groups, f.channels());
+  check_groups(call, groups, f.channels(), bits);
+  Weight w = dynamic_weight(call, qdata, scale, weight_sum, bias, groups, bits);
+  Bos bos = bos_of(call, bos_input, bos_output, f.channels(), w.n);
+  auto* xq = static_cast<int8_t*>(call.scratch(f.rows() * f.channels()));
+  const int64_t ranges = f.rows() * codes.groups;
+  auto* x_scale = static_cast<float*>(call.scratch(ranges * 2 * sizeof(float)));
+  if (f.rows()) {
+    call.check(quantize_per_token(f, codes, xq, x_scale, x_scale + ranges, call.on()), "the quantizer");
+  }
+  Matmul p = row_problem(dense_image(xq, 1, 1, f.rows(), f.channels()), bits);
+  p.weights[0] = w;
+  p.row_scale = x_scale, p.row_zero_point = x_scale + ranges;
+  p.row_stride = codes.groups;
+  return finish_linear(call, p, f, view, bos, groups);
 }
 
 Tensor quantized_conv2d_op(const Tensor& x, const Tensor& act_scale, const Tensor& act_zero_point, int64_t act_bits,
-                           const Tensor& qdata, const Tensor& alpha, const Tensor& beta, OptionalTensor bias,
-                           Ints stride, Ints pad, Ints dilation, int64_t bits, Ints groups) {
+                           const Tensor& qdata, const Tensor& alpha, const Tensor& beta, const OptionalTensor& bias,
+                           const Ints& stride, const Ints& pad, const Ints& dilation, int64_t bits,
+                           const Ints& groups) {
   Call call("quantized_conv2d", x);
   Pad border = checked_pad(call, pad);
   Floats f = float_image(call, x);
@@ -196,6 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixdq_ao, CUDA, m) {
   m.impl("linear_int8_multi", TORCH_BOX(&linear_int8_multi_op));
   m.impl("conv2d_int8", TORCH_BOX(&conv2d_int8_op));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear_op));
+  m.impl("quantized_linear_dynamic", TORCH_BOX(&quantized_linear_dynamic_op));
   m.impl("quantized_conv2d", TORCH_BOX(&quantized_conv2d_op));
 }
 

@@ -4,8 +4,8 @@
 namespace mixdq {
 namespace {
 
-Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits, Ints groups,
-                   std::optional<Ints> pad) {
+Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits, const Ints& groups,
+                   const std::optional<Ints>& pad) {
   Call call("quantize", x);
   Pad border;
   Floats f;
@@ -26,7 +26,7 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
   return *out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_per_token_op(const Tensor& x, int64_t bits, Ints groups) {
+std::tuple<Tensor, Tensor, Tensor> quantize_per_token_op(const Tensor& x, int64_t bits, const Ints& groups) {
   Call call("quantize_per_token", x);
   View v;
   Floats f = float_rows(call, x, &v);
@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token_op(const Tensor& x, int64_
   return {out, scale, zero_point};
 }
 
-Tensor layer_norm_quantize_op(const Tensor& x, OptionalTensor weight, OptionalTensor bias, double eps,
-                              const Tensor& scale, const Tensor& zero_point, int64_t bits, Ints groups) {
+Tensor layer_norm_quantize_op(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                              const Tensor& scale, const Tensor& zero_point, int64_t bits, const Ints& groups) {
   Call call("layer_norm_quantize", x);
   View v;
   Floats f = float_rows(call, x, &v);
@@ -58,7 +58,8 @@ Tensor layer_norm_quantize_op(const Tensor& x, OptionalTensor weight, OptionalTe
   return out;
 }
 
-Tensor geglu_quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits, Ints groups) {
+Tensor geglu_quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits,
+                         const Ints& groups) {
   Call call("geglu_quantize", x);
   View v;
   Floats f = float_rows(call, x, &v);
@@ -71,9 +72,10 @@ Tensor geglu_quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zer
   return out;
 }
 
-Tensor group_norm_quantize_op(const Tensor& x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
-                              double eps, bool silu, const Tensor& scale, const Tensor& zero_point, int64_t bits,
-                              Ints groups, std::optional<Ints> pad) {
+Tensor group_norm_quantize_op(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                              const OptionalTensor& bias, double eps, bool silu, const Tensor& scale,
+                              const Tensor& zero_point, int64_t bits, const Ints& groups,
+                              const std::optional<Ints>& pad) {
   Call call("group_norm_quantize", x);
   Pad border = pad ? checked_pad(call, *pad) : Pad{};
   Floats f = float_image(call, x);

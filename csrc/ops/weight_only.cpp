@@ -57,32 +57,35 @@ OptionalTensor bias_like(const OptionalTensor& bias, const Tensor& x) {
   return bias ? OptionalTensor(torch::stable::to(*bias, x.scalar_type())) : bias;
 }
 
-Tensor linear_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor& scale, OptionalTensor bias,
-                             int64_t bits, Ints groups) {
+Tensor linear_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor& scale, const OptionalTensor& bias,
+                             int64_t bits, const Ints& groups, const OptionalTensor& bos_input,
+                             const OptionalTensor& bos_output) {
   Call call("linear_weight_only", x);
-  View v = call.look(x, "the input");
-  STD_TORCH_CHECK(v.dims >= 1, call.op(), ": the input must have at least one dimension");
-  Tensor rows = v.dense() ? x : torch::stable::contiguous(x);
-  v = call.keep(rows, "the input");
-  const Float type = call.float_type(v.dtype, "the input");
-  const int64_t channels = v.size[v.dims - 1], m = channels ? v.numel() / channels : 0;
-  Matmul p = row_problem(dense_image(static_cast<const int8_t*>(v.data), 1, 1, m, channels), bits);
-  set_floating(call, p, type, qdata, scale, bias, groups, bits, 2);
-  if (m == 0 || p.n() == 0 || multiplies_floats(call, p, groups)) {
+  Tensor rows = call.look(x, "the input").dense() ? x : torch::stable::contiguous(x);
+  View v;
+  const Floats f = float_rows(call, rows, &v);
+  Matmul p = row_problem(dense_image(static_cast<const int8_t*>(v.data), 1, 1, f.rows(), f.channels()), bits);
+  set_floating(call, p, f.type, qdata, scale, bias, groups, bits, 2);
+  const Bos bos = bos_of(call, bos_input, bos_output, f.channels(), p.n());
+  if (p.m() == 0 || p.n() == 0 || multiplies_floats(call, p, groups)) {
     Tensor out = call.empty_rows(v, p.n(), v.dtype);
-    set_out(p, call.look(out, "the output"), type, p.n());
+    set_out(p, call.look(out, "the output"), f.type, p.n());
     multiply(call, p, groups);
+    write_bos(call, f, v, bos, p.out, f.type, p.n());
     return out;
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
-                                    torch::stable::detail::from(dequantized(call, p, 2, groups, type)),
+                                    torch::stable::detail::from(dequantized(call, p, 2, groups, f.type)),
                                     torch::stable::detail::from(bias_like(bias, x))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+  Tensor out = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+  write_bos(call, f, v, bos, call.look(out, "the output").data, f.type, p.n());
+  return out;
 }
 
-Tensor conv2d_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor& scale, OptionalTensor bias,
-                             Ints stride, Ints pad, Ints dilation, int64_t bits, Ints groups) {
+Tensor conv2d_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor& scale, const OptionalTensor& bias,
+                             const Ints& stride, const Ints& pad, const Ints& dilation, int64_t bits,
+                             const Ints& groups) {
   Call call("conv2d_weight_only", x);
   STD_TORCH_CHECK(call.look(x, "the input").dims == 4, call.op(), ": the input must be [batch, channels, height, width]");
   const Pad border = checked_pad(call, pad);

@@ -3,7 +3,7 @@
 namespace mixdq {
 
 cudaError_t sm80_64x64(const Matmul& p, int splits, const Stream& on) {
-  return sm80::run<sm80::Config<64, 64, 32, 32, 6, 4>>(p, splits, on);
+  return sm80::run<sm80::Config<64, 64, 64, 32, 4, 3, 2>>(p, splits, on);
 }
 
 }  // namespace mixdq

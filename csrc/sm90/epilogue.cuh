@@ -95,7 +95,7 @@ __device__ __forceinline__ uint4 load8(const uint16_t* from, int count, bool ali
 
 __device__ __forceinline__ void store8(uint16_t* to, uint4 v, int count, bool aligned) {
   if (aligned && count >= 8) {
-    *reinterpret_cast<uint4*>(to) = v;
+    __stwb(reinterpret_cast<uint4*>(to), v);  // an assignment becomes four stores where the words come from branches
     return;
   }
   uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -153,28 +153,34 @@ constexpr bool kEarlyResiduals = !C::kGeglu && C::kBlocksM * C::kTileN <= 160;
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 
-// Buffers of a warp in shared memory, which take turns: columns of its rows, as the tensor map of the output has them, from
-// where a bulk copy takes them away.
+// Buffers of a warp in shared memory: each for some columns of its rows, as the tensor map of the output has them, from
+// where a bulk copy takes them away. They take turns; a block's only tile fills them all before any copy begins.
 template <class C>
 struct Staging {
-  static constexpr int kBytes = C::kGeglu ? 1 : 2;  // of an output
+  static constexpr int kColumns = C::kGeglu ? C::kTileOut : C::kChunk;  // of a buffer
+  static constexpr int kBytes = C::kGeglu ? 1 : 2;                      // of an output
   uint8_t* memory;
   int turn = 0;
 
-  __device__ __forceinline__ uint8_t* next() {
+  __device__ __forceinline__ uint8_t* next(int c0) {
+    if (C::kOneTile) return memory + c0 / C::kChunk * C::kBufferBytes;
     if (C::kBuffers > 1) turn ^= 1;
     if (threadIdx.x % 32 == 0) cute::tma_store_wait<C::kBuffers - 1>();  // what was in this one has been read
     __syncwarp();
     return memory + turn * C::kBufferBytes;
   }
+  // Copies the tile's columns first to end, whose buffers begin there.
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int c0) {
+                                       int first, int end) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (at.lane == 0) {
-      if (at.row0 < p.m) cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c0) * kBytes, at.row0);
-      cute::tma_store_arrive();
+    if (at.lane) return;
+    if (at.row0 < p.m) {
+      for (int c = first; c < end; c += kColumns, buffer += C::kBufferBytes) {
+        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c) * kBytes, at.row0);
+      }
     }
+    cute::tma_store_arrive();
   }
   // Shared memory must outlive what is still to be read there.
   __device__ __forceinline__ void finish() const {
@@ -204,7 +210,7 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
     if (c0 >= at.columns) break;
     Residuals<C, C::kChunk> late;
     if (kResidual && !kEarlyResiduals<C>) late.load(p, at, c0);
-    uint8_t* buffer = staging.next();
+    uint8_t* buffer = staging.next(c0);
 #pragma unroll
     for (int c = 0; c < C::kChunk; c += 16) {
       ChannelEpilogue channels[2][2];
@@ -234,8 +240,9 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    staging.send(p, t, at, buffer, c0);
+    if (!C::kOneTile) staging.send(p, t, at, buffer, c0, c0 + C::kChunk);
   }
+  if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
 }
 
 // What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the

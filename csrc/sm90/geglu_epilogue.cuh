@@ -43,7 +43,7 @@ __device__ __forceinline__ void write_geglu(const Params& p, const Tile& t, cons
                                             const Columns<C>& columns, Sums<C>& sums, const Encoder& encoder,
                                             Staging<C>& staging) {
   using T = std::conditional_t<kType == Float::f16, __half, __nv_bfloat16>;
-  uint8_t* codes = staging.next();
+  uint8_t* codes = staging.next(0);
   uint8_t* part = codes + C::kWarpRows * C::kTileOut;
 #pragma unroll 1
   for (int first = 0; first < C::kTileOut; first += kPart) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_geglu(const Params& p, const Tile& t, cons
       *reinterpret_cast<uint2*>(codes + row * C::kTileOut + first + piece * 8) = geglu_codes(value, gate, encoder);
     }
   }
-  staging.send(p, t, at, codes, 0);
+  staging.send(p, t, at, codes, 0, C::kTileOut);
 }
 
 }  // namespace mixdq::sm90

@@ -1,15 +1,14 @@
-// The thread that loads tiles of both operands by TMA.
+// The threads that load tiles by TMA: one for each operand, since one alone issues copies more slowly than small tiles are
+// multiplied; where other warps spread packed weights, one for both.
 #pragma once
+#include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "sm90/pipeline.cuh"
+#include "sm90/spread.cuh"
 
 namespace mixdq::sm90 {
 
-struct Reduction {
-  int begin, count;
-};
-
-// A step of it: a block of the channels of one tap. Counted on: one thread loads for all and has no time to divide.
+// A step of the reduction: a block of the channels of one tap. Counted on, since there is no time to divide.
 struct Step {
   int block, tap, r, s;
   __device__ Step(const Params& p, int k)
@@ -45,9 +44,8 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
       cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage) + C::kTileOut * p.packed_tile,
                                    step.block * p.packed_tile, step.tap, p.weights[t.weight].n / 2 + t.n0);
     }
-    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
   } else {
-    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes + C::kWeightBytes);
+    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kWeightBytes);
     if (C::kSharing && p.splits > 1) {  // each block of the cluster brings its share of the rows to all of them
       const int rank = blockIdx.x % p.splits, rows = C::kTileN / p.splits;
       cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, sm.full(stage), uint16_t((1 << p.splits) - 1), kKeep,
@@ -66,6 +64,7 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
 template <class C>
 __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm, int stage, int m0, const Origin& from,
                                            const Step& step) {
+  FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
   if (p.rows) {
     constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.full(stage), kKeep, sm.input(stage), step.block * kRowBytes, m0);
@@ -92,22 +91,25 @@ __device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t,
   }
 }
 
-// One thread.
-template <class C>
+// One thread, of one operand or of both. Weights come while the kernel ahead still runs, as far as there are stages.
+template <class C, bool kWeights, bool kInputs>
 __device__ void produce(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, Reduction r) {
   Tile t = locate<C>(p, first);
-  for (const CUtensorMap* map : {&p.input, &p.out_maps[t.weight]}) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-  }
-  const int ahead = min(C::kStages, r.count);
   const Step begin(p, r.begin);
-  Step early = begin;
-  for (int i = 0; i < ahead; ++i, early.next(p)) load_weight(p, sm, i, t, early);
-  prefetch_weights<C>(p, t, early, min(C::kStages, r.count - ahead));
-  wait_for_previous();
-  let_next_start();  // its weights may come while this one multiplies
+  int early = 0;
+  if (kWeights) {
+    Step step = begin;
+    for (; early < min(C::kStages, r.count); ++early, step.next(p)) load_weight(p, sm, early, t, step);
+    prefetch_weights<C>(p, t, step, min(C::kStages, r.count - early));
+  }
+  if (kInputs) {
+    for (const CUtensorMap* map : {&p.input, &p.out_maps[t.weight]}) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    }
+    wait_for_previous();
+    let_next_start();  // its weights may come while this one multiplies
+  }
   Turn<C> turn;
-  bool warm = true;
   for (int index = first; index < tiles; index += stride) {
     t = locate<C>(p, index);
     // A cluster's last tiles may lie past the last row: they read what others read, and write nothing.
@@ -115,14 +117,27 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
     const Origin from(p, m0);
     Step step = begin;
     for (int i = 0; i < r.count; ++i, turn.step(), step.next(p)) {
-      warm = warm && i < ahead;
-      if (!warm) {
-        EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
-        load_weight(p, sm, turn.stage, t, step);
+      if (early > 0) {
+        --early;
+      } else {
+        EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);  // passes at once for the first use of a stage
+        if (kWeights) load_weight(p, sm, turn.stage, t, step);
       }
-      load_input(p, sm, turn.stage, m0, from, step);
+      if (kInputs) load_input(p, sm, turn.stage, m0, from, step);
     }
-    warm = false;
+  }
+}
+
+// The warps that load, and those that spread packed weights.
+template <class C>
+__device__ __forceinline__ void feed(const Params& p, const Shared<C>& sm, int warp, int first, int stride, int tiles,
+                                     Reduction r) {
+  if (warp == 0) {
+    if (cute::elect_one_sync()) produce<C, true, C::packed>(p, sm, first, stride, tiles, r);
+  } else if constexpr (C::packed) {
+    spread(p, sm, first, stride, tiles, r);
+  } else if (warp == 1) {
+    if (cute::elect_one_sync()) produce<C, false, true>(p, sm, first, stride, tiles, r);
   }
 }
 

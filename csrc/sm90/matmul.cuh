@@ -7,7 +7,7 @@
 // sharing: one tile per block. The blocks of a cluster have tiles of the same columns, and each brings a share of the
 //   weights to all of them: small problems are bound by what multiprocessors read of the L2 cache.
 //
-// One warp loads both operands. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
+// A warp for each operand loads it. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
 // convolution differs from a linear layer only in the coordinates of the input's tiles.
 //
 // Packed weights pass through three warps that spread the codes over bytes: each code lands in the high bits of its
@@ -24,7 +24,6 @@
 #include "sm90/geglu_epilogue.cuh"
 #include "sm90/kernels.h"
 #include "sm90/load.cuh"
-#include "sm90/spread.cuh"
 #include "sm90/tensor_map.h"
 
 namespace mixdq::sm90 {
@@ -36,7 +35,7 @@ template <class C>
 __device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>& sm) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      FullBarrier::init(sm.full(i), C::packed ? 4 : 1);
+      FullBarrier::init(sm.full(i), C::packed ? 4 : 2);  // the input's copy, and the weights' or the warps that spread
       EmptyBarrier::init(sm.empty(i), C::turns == Turns::ping_pong ? 4 : C::kMathGroups * 4 * (C::kSharing ? p.splits : 1));
       if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
     }
@@ -74,11 +73,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
   const int group = C::kMathGroups == 1 ? 0 : warp / (kGroup / 32) - 1, row0 = group * C::kBlocksM * 64;
   const Columns<C> columns(sm.vectors(group));
   if (warp < kGroup / 32) {
-    if (warp == 0) {
-      if (cute::elect_one_sync()) produce(p, sm, index, 1, index + 1, r);
-    } else if (C::packed) {
-      spread(p, sm, index, 1, index + 1, r);
-    }
+    feed(p, sm, warp, index, 1, index + 1, r);
     __syncwarp();
     wait_for_previous();
   } else {
@@ -91,7 +86,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     if (kEarlyResiduals<C> && p.bulk_out && p.residual && splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
-    multiply(sm, turn, r.count, row0, sums, -1, p.splits);
+    multiply(sm, turn, r.count, row0, sums, p.splits);
     loads.store(columns);
     cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
     if (splits == 1) {
@@ -129,11 +124,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
   const int warp = cutlass::canonical_warp_idx_sync();
   if (warp < kGroup / 32) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (warp == 0) {
-      if (cute::elect_one_sync()) produce(p, sm, blockIdx.x, stride, tiles, r);
-    } else if (C::packed) {
-      spread(p, sm, blockIdx.x, stride, tiles, r);
-    }
+    feed(p, sm, warp, blockIdx.x, stride, tiles, r);
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<232>();
@@ -161,7 +152,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     Sums<C> sums;
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
-    multiply(sm, turn, r.count, row0, sums, pass ? 1 - group : -1);
+    multiply(sm, turn, r.count, row0, sums, 1, pass ? 1 - group : -1);
     sync_group(group);  // every warp is done with the columns of the tile before
     loads.store(columns);
     sync_group(group);

@@ -46,7 +46,7 @@ __device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarri
 // of the cluster, in a sharing kernel.
 template <class C>
 __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
-                                         int next = -1, int blocks = 1) {
+                                         int blocks = 1, int next = -1) {
   // A block that shares may end before the others: what nobody waits for is not told them.
   const int released = C::kSharing ? count - C::kStages : count;
   int before = 0;

@@ -58,7 +58,8 @@ struct Config {
   static constexpr int fit(int buffers) {
     return (kBudget - (1024 + staging_bytes(buffers) + kVectorBytes + 512)) / kStageBytes;
   }
-  static constexpr int kBuffers = fit(2) < fit(1) ? 1 : 2;  // a second one is not worth a stage
+  // One tile has buffers for all of it. Else a second one, if that does not cost a stage.
+  static constexpr int kBuffers = kOneTile ? TileN / kChunk : fit(2) < fit(1) ? 1 : 2;
   static constexpr int kStagingBytes = staging_bytes(kBuffers);
   static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
   static constexpr int kStages = fit(kBuffers) < 8 ? fit(kBuffers) : 8;
@@ -98,6 +99,11 @@ struct Params {
   bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
   bool bulk_out;     // and by bulk copies: 16-bit outputs and, if there is one, an aligned residual of their type
   Geglu geglu;
+};
+
+// Steps of a tile's reduction.
+struct Reduction {
+  int begin, count;
 };
 
 struct Tile {

@@ -112,6 +112,10 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   return result;
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 template <class To, class From>

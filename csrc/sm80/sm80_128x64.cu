@@ -1,9 +1,0 @@
-#include "sm80/matmul.cuh"
-
-namespace mixdq {
-
-cudaError_t sm80_128x64(const Matmul& p, int splits, const Stream& on) {
-  return sm80::run<sm80::Config<128, 64, 64, 32, 4, 3>>(p, splits, on);
-}
-
-}  // namespace mixdq
