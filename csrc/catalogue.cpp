@@ -97,16 +97,18 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   return best;
 }
 
-// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the last one. The arithmetic at the end
-// of a tile is long, and only while another tile is multiplied does it take no time.
+// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the one with the smallest tiles. The
+// arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time.
 Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
   Choice choice;
+  int64_t most = 0;
   const auto& kernels = catalogue();
   for (int i = 0; i < int(kernels.size()); ++i) {
     const Kernel& kernel = kernels[i];
     if (!only.empty() && only != kernel.family || !why_not(kernel, p, arch).empty()) continue;
-    choice = {i, 1, false};
-    if (ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n) >= int64_t(2) * sm_count) break;
+    const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
+    if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
+    if (tiles > most) choice = {i, 1, false}, most = tiles;
   }
   return choice;
 }
@@ -145,7 +147,7 @@ Facts facts_of(const Matmul& p, int arch, int sm_count) {
           w.r,         w.s,          w.stride_h,   w.stride_w,   w.dilation_h,   w.dilation_w, p.out_h,
           p.out_w,     p.floating,   p.bits,       p.pitch(),    p.weight_count, n[0],         n[1],
           n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type),
-          bool(p.geglu), int64_t(reinterpret_cast<uintptr_t>(p.out) % 16), p.out_stride};
+          p.geglu ? 1 + int64_t(p.out_type) : 0, int64_t(reinterpret_cast<uintptr_t>(p.out) % 16), p.out_stride};
 }
 
 struct FactsHash {
@@ -236,6 +238,7 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x80_floating", "sm90", 64, 80, 1, 8, true, true},
       {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
+      {"sm90_128x128_geglu", "sm90", 128, 128, 2, 1, false, false, false, true},
       {"sm80_128x160", "sm80", 128, 160, 0, 1, false},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x80", "sm80", 128, 80, 0, 1, false},

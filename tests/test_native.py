@@ -101,7 +101,8 @@ def test_every_layer_of_sdxl_runs_on_tensor_cores(arch, bits):
             name = check_choice(arch, bits=bits, **sizes_of(layer))
             if layer.k // layer.taps % 16 == 0 and layer.m > 16:
                 hopper = arch == 90 and in_this_build("90a")
-                assert name.startswith("sm90" if hopper else "sm80"), f"{layer}: {name}"
+                # Where the tuner found it faster, a Hopper GPU runs a kernel of older ones.
+                assert name.startswith(("sm90", "sm80") if hopper else "sm80"), f"{layer}: {name}"
             elif layer.m <= 16:
                 assert name == "few_rows"
 

@@ -30,14 +30,17 @@ struct ColumnLoads {
   static constexpr int kEach = (C::kTileN + kGroup - 1) / kGroup;
   ChannelEpilogue values[kEach];
 
+  // The row of the weight in column i of a tile; w.n or more where there is none.
+  static __device__ __forceinline__ int weight_row(const Weight& w, int n0, int i) {
+    if constexpr (!C::kGeglu) return n0 + i;
+    const int half = w.n / 2, n = n0 + i % C::kTileOut;
+    return n < half ? n + i / C::kTileOut * half : w.n;
+  }
   __device__ __forceinline__ void load(const Weight& w, int n0) {
-    const int outputs = C::kGeglu ? w.n / 2 : w.n;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x % kGroup + e * kGroup;
-      const bool gate = C::kGeglu && i >= C::kTileOut;
-      const int n = n0 + i - (gate ? C::kTileOut : 0), row = gate ? outputs + n : n;
-      values[e] = i < C::kTileN && n < outputs ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
+      const int i = threadIdx.x % kGroup + e * kGroup, row = weight_row(w, n0, i);
+      values[e] = i < C::kTileN && row < w.n ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
     }
   }
   __device__ __forceinline__ void store(const Columns<C>& to) const {
@@ -150,10 +153,12 @@ constexpr bool kEarlyResiduals = !C::kGeglu && C::kBlocksM * C::kTileN <= 160;
 template <class C>
 using EarlyResiduals = Residuals<C, kEarlyResiduals<C> ? C::kTileN : 8>;
 
-// Buffers of a warp in shared memory: each for kChunk columns of its rows, as the tensor map of the output has them, from
+// Buffers of a warp in shared memory: each for some columns of its rows, as the tensor map of the output has them, from
 // where a bulk copy takes them away. They take turns; a block's only tile fills them all before any copy begins.
 template <class C>
 struct Staging {
+  static constexpr int kColumns = C::kGeglu ? C::kTileOut : C::kChunk;  // of a buffer
+  static constexpr int kBytes = C::kGeglu ? 1 : 2;                      // of an output
   uint8_t* memory;
   int turn = 0;
 
@@ -164,15 +169,15 @@ struct Staging {
     __syncwarp();
     return memory + turn * C::kBufferBytes;
   }
-  // Copies one buffer or several to where the output's rows have that byte.
+  // Copies the tile's columns first to end, whose buffers begin there.
   __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int byte, int boxes = 1) {
+                                       int first, int end) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (at.lane) return;
     if (at.row0 < p.m) {
-      for (; boxes > 0; --boxes, byte += C::kChunk * 2, buffer += C::kBufferBytes) {
-        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, byte, at.row0);
+      for (int c = first; c < end; c += kColumns, buffer += C::kBufferBytes) {
+        cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c) * kBytes, at.row0);
       }
     }
     cute::tma_store_arrive();
@@ -235,12 +240,9 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
         cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    if (!C::kOneTile) staging.send(p, t, at, buffer, (t.n0 + c0) * 2);
+    if (!C::kOneTile) staging.send(p, t, at, buffer, c0, c0 + C::kChunk);
   }
-  if (C::kOneTile) {
-    const int columns = min(at.columns, C::kTileN);
-    staging.send(p, t, at, staging.memory, t.n0 * 2, (columns + C::kChunk - 1) / C::kChunk);
-  }
+  if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
 }
 
 // What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the
