@@ -1,6 +1,6 @@
 // The output of a text's first token, where it is known. A block for each sample.
 #include "bos.h"
-#include "codes.cuh"
+#include "norm.cuh"
 
 namespace mixdq {
 namespace {
@@ -8,6 +8,52 @@ namespace {
 constexpr int kThreads = 256;
 constexpr float kTolerance = 0x1p-6f;  // BOS_TOLERANCE in mixdq_ao/ops.py
 
+// Where the first token of the sample that begins with that row lies.
+__device__ __forceinline__ int64_t first_token(const Floats& x, int64_t row) {
+  int64_t line = row / x.size[2], image = line / x.size[1];
+  return image * x.stride[0] + (line - image * x.size[1]) * x.stride[1] + (row - line * x.size[2]) * x.stride[2];
+}
+
+// Each thread has eight channels of both tokens and eight columns, all asked for at once: nearly all of a launch's time is
+// waiting for memory.
+__global__ void __launch_bounds__(kThreads)
+    bos_row_vectors(Floats x, int64_t sample_rows, Bos bos, void* out, Float type, int columns) {
+  __shared__ float shared[kThreads / 32];
+  wait_for_previous();
+  let_next_start();
+  const int64_t row = blockIdx.x * sample_rows;
+  const int at = threadIdx.x * kVector;
+  const bool has_channels = bos.input && at < x.size[3];
+  RawWeights token, known, output;
+  if (has_channels) {
+    const int size = x.type == Float::f32 ? 4 : 2;
+    token.load(static_cast<const char*>(x.data) + first_token(x, row) * size, x.type, at);
+    known.load(bos.input, bos.input_type, at);
+  }
+  if (at < columns) output.load(bos.output, bos.output_type, at);
+  if (bos.input) {
+    float a[kVector] = {}, b[kVector] = {}, largest = 0.f, near = 1.f;
+    if (has_channels) {
+      token.get(x.data, x.type, 0.f, a);
+      known.get(bos.input, bos.input_type, 0.f, b);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(b[i]));
+    const float limit = kTolerance * reduce_block(largest, shared, Most());
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (!(fabsf(a[i] - b[i]) <= limit)) near = 0.f;
+    }
+    if (reduce_block(near, shared, Least()) == 0.f) return;
+  }
+  if (at >= columns) return;
+  float f[kVector];
+  output.get(bos.output, bos.output_type, 0.f, f);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) store_float(out, type, row * columns + at + i, f[i]);
+}
+
+// Whatever that cannot read.
 __global__ void __launch_bounds__(kThreads)
     bos_row(Floats x, int64_t sample_rows, Bos bos, void* out, Float type, int64_t columns) {
   __shared__ float shared[kThreads / 32];
@@ -15,9 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   let_next_start();
   int64_t row = blockIdx.x * sample_rows;
   if (bos.input) {
-    int64_t line = row / x.size[2], image = line / x.size[1];
-    int64_t first = image * x.stride[0] + (line - image * x.size[1]) * x.stride[1] +
-                    (row - line * x.size[2]) * x.stride[2];
+    int64_t first = first_token(x, row);
     float largest = 0.f;  // fmaxf passes over a NaN, which nothing is near to anyway
     for (int c = threadIdx.x; c < x.size[3]; c += kThreads) {
       largest = fmaxf(largest, fabsf(load_float(bos.input, bos.input_type, c)));
@@ -42,6 +86,10 @@ cudaError_t write_bos_rows(const Floats& x, int64_t sample_rows, const Bos& bos,
   int64_t samples = x.rows() / sample_rows;
   if (samples > INT32_MAX) return cudaErrorInvalidValue;
   Grid grid{dim3(unsigned(samples)), dim3(kThreads)};
+  constexpr int64_t kMost = kThreads * kVector;
+  bool fits = x.size[3] <= kMost && columns <= kMost && columns % kVector == 0 && vectors_fit(x, Codes()) &&
+              aligned(bos.input, 16) && aligned(bos.output, 16);
+  if (fits) return launch(bos_row_vectors, grid, on, x, sample_rows, bos, out, type, int(columns));
   return launch(bos_row, grid, on, x, sample_rows, bos, out, type, columns);
 }
 

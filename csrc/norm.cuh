@@ -1,11 +1,11 @@
-// Weight and bias of a norm.
+// Weight and bias of a norm, and other vectors whose type is known when they are loaded.
 #pragma once
 #include "codes.cuh"
 
 namespace mixdq {
 
-// Eight values of a weight or bias, as they lie in memory. They are converted apart from being loaded: a conversion in the
-// branch of its type would make all that is loaded after it wait.
+// Eight values of a vector, as they lie in memory. They are converted apart from being loaded: a conversion in the branch of
+// its type would make all that is loaded after it wait.
 struct RawWeights {
   uint4 part[2];
 

@@ -707,7 +707,7 @@ def test_known_first_tokens(name):
         x, groups = draw_input(rng, image=False)
         if rng.random() < 0.3 and x.dim() > 1:
             x = laid_out(x[None].expand(2, *x.shape).contiguous(), "batch-strided")
-        n, bits = log_uniform(rng, 300), rng.choice((8, 4, 2))
+        n, bits = log_uniform(rng, 300) * rng.choice((1, 8)), rng.choice((8, 4, 2))
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, sum(groups)), dtype=torch.int8, device=DEVICE)
         weight, scale = pack(codes, bits, groups), torch.rand(len(groups), n, device=DEVICE) * 1e-2
         bias = torch.randn(n, device=DEVICE)
