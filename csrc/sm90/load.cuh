@@ -82,8 +82,8 @@ __device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t,
   const int width = C::packed ? p.packed_tile : kRowBytes, mine = t.m0 / C::kTileM;
   for (int i = 0; i < count; ++i, step.next(p)) {
     if (!C::kSharing && i % p.tiles_m != mine) continue;  // boxes of those that share are parts of the tile
-    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
-                                              t.n0 + (C::kSharing ? blockIdx.x % p.splits * C::kTileN / p.splits : 0));
+    const int share = C::kSharing ? blockIdx.x % p.splits * C::kTileN / p.splits : 0;
+    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap, t.n0 + share);
     if (C::kGeglu) {
       cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
                                              p.weights[t.weight].n / 2 + t.n0);
