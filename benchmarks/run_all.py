@@ -81,7 +81,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         return ["compute-sanitizer", *options, *script("sanitize.py")]
 
     tests = [
-        [*side_by_side, kernel_tests, f"--deselect={kernel_tests}::{alone}"],
+        [*side_by_side, kernel_tests, "tests/test_attention_kernel.py", f"--deselect={kernel_tests}::{alone}"],
         [*pytest, "-n", "0", kernel_tests, "-k", alone],
     ]
     replays = "tests/test_bench.py::test_on_a_gpu_graphs_are_replayed_and_weights_are_held_once"
