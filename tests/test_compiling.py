@@ -321,7 +321,7 @@ def test_copies():
     [
         ({"cuda_graphs": "always"}, "True, False or 'auto'; found 'always'"),
         ({"max_graphs": 0}, "at least 1; found 0"),
-        ({"attention": "sage"}, "auto, flash, cudnn, efficient, math or None; found 'sage'"),
+        ({"attention": "sage"}, "auto, flash, mixdq, cudnn, efficient, math or None; found 'sage'"),
     ],
 )
 def test_wrong_arguments(options, message):
