@@ -130,7 +130,7 @@ def claims(folder: Path) -> list[Claim]:
 
 
 def table(found: list[Claim]) -> Table:
-    table = Table("goal", "needed", "measured", "reached", title="Goals, set for an H200; the results name the GPU that they are of")
+    table = Table("goal", "needed", "measured", "reached", title="Goals, set for an H200")
     for column in table.columns[1:3]:
         column.justify = "right"
     for c in found:
