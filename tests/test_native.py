@@ -99,12 +99,13 @@ def test_every_layer_of_sdxl_runs_on_tensor_cores(arch, bits):
     for pixels, batch in ((512, 1), (1024, 1), (512, 8)):
         for layer in [*layers(pixels, batch), *merged(pixels, batch)]:
             name = check_choice(arch, bits=bits, **sizes_of(layer))
+            # On Hopper the tuner may have found a kernel of older GPUs faster, or one of many rows for few.
+            hopper = arch == 90 and in_this_build("90a")
+            families = ("sm90", "sm80") if hopper else ("sm80",)
             if layer.k // layer.taps % 16 == 0 and layer.m > 16:
-                hopper = arch == 90 and in_this_build("90a")
-                # Where the tuner found it faster, a Hopper GPU runs a kernel of older ones.
-                assert name.startswith(("sm90", "sm80") if hopper else "sm80"), f"{layer}: {name}"
+                assert name.startswith(families), f"{layer}: {name}"
             elif layer.m <= 16:
-                assert name == "few_rows"
+                assert name == "few_rows" or (hopper and name.startswith(families)), f"{layer}: {name}"
 
 
 @catalogued
