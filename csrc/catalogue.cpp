@@ -105,7 +105,7 @@ Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only
   const auto& kernels = catalogue();
   for (int i = 0; i < int(kernels.size()); ++i) {
     const Kernel& kernel = kernels[i];
-    if (!only.empty() && only != kernel.family || !why_not(kernel, p, arch).empty()) continue;
+    if ((!only.empty() && only != kernel.family) || !why_not(kernel, p, arch).empty()) continue;
     const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
     if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
     if (tiles > most) choice = {i, 1, false}, most = tiles;
