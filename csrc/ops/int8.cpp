@@ -54,8 +54,8 @@ Tensor linear_int8_dynamic_op(const Tensor& xq, const Tensor& x_scale, const Ten
 
 // In one kernel where there is one for it, else by way of the floating outputs.
 Tensor linear_int8_geglu_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha, const Tensor& beta,
-                            OptionalTensor bias, int64_t bits, Ints groups, ScalarType dtype, const Tensor& act_scale,
-                            const Tensor& act_zero_point, int64_t act_bits) {
+                            const OptionalTensor& bias, int64_t bits, const Ints& groups, ScalarType dtype,
+                            const Tensor& act_scale, const Tensor& act_zero_point, int64_t act_bits) {
   Call call("linear_int8_geglu", xq);
   View view;
   Matmul p = row_problem(code_rows(call, xq, &view), bits);
