@@ -5,6 +5,8 @@
 
 namespace mixdq::sm90 {
 
+constexpr int kSpreaders = 96;  // threads
+
 // Eight 4-bit codes to bytes, in order, each in the high half.
 __device__ __forceinline__ uint2 spread4(uint32_t v) {
   uint32_t even = (v << 4) & 0xF0F0F0F0u, odd = v & 0xF0F0F0F0u;
@@ -33,49 +35,86 @@ __device__ __forceinline__ uint4 widen(Float type, uint2 codes) {
   return {out[0], out[1], out[2], out[3]};
 }
 
-// The codes that 16 bytes of a row of the tile hold, from their stored form. `piece` counts such places.
-template <class C>
-__device__ __forceinline__ uint4 spread_piece(const Params& p, const uint8_t* from, int piece) {
-  if constexpr (C::Math::kBytes == 1) {
-    if (p.shift == 4) {
-      uint2 v = reinterpret_cast<const uint2*>(from)[piece];
-      uint2 low = spread4(v.x), high = spread4(v.y);
-      return {low.x, low.y, high.x, high.y};
-    }
-    return spread2(reinterpret_cast<const uint32_t*>(from)[piece]);
+// Of the stored codes that become 16 bytes of a row of the tile: bytes, and as a type that one load brings.
+template <class C, int kBits>
+struct Stored {
+  static constexpr int kBytes = 16 / C::Math::kBytes * kBits / 8;
+  using Type = std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>;
+};
+
+template <class C, int kBits>
+__device__ __forceinline__ uint4 spread_piece(typename Stored<C, kBits>::Type v) {
+  if constexpr (C::Math::kBytes == 1 && kBits == 4) {
+    uint2 low = spread4(v.x), high = spread4(v.y);
+    return {low.x, low.y, high.x, high.y};
+  } else if constexpr (C::Math::kBytes == 1) {
+    return spread2(v);
   } else {
     uint2 codes;
-    if (p.shift == 0) {
-      codes = reinterpret_cast<const uint2*>(from)[piece];
-    } else if (p.shift == 4) {
-      codes = spread4(reinterpret_cast<const uint32_t*>(from)[piece]);
+    if constexpr (kBits == 8) {
+      codes = v;
+    } else if constexpr (kBits == 4) {
+      codes = spread4(v);
     } else {
-      uint4 v = spread2(reinterpret_cast<const uint16_t*>(from)[piece]);
-      codes = {v.x, v.y};
+      uint4 both = spread2(v);
+      codes = {both.x, both.y};
     }
     return widen(std::is_same_v<typename C::Math, Half> ? Float::f16 : Float::bf16, codes);
   }
 }
 
+// One stage. A worker's pieces are at fixed distances, in the tile as well, since 12 rows on only flip a bit of the
+// swizzle; some are asked for before the first is used, because a step is otherwise as long as shared memory's latency
+// times the number of pieces.
+template <class C, int kBits>
+__device__ __forceinline__ void spread_stage(const uint8_t* from, uint8_t* to, int worker) {
+  using Type = typename Stored<C, kBits>::Type;
+  constexpr int kRows = kSpreaders / 8, kEach = (C::kTileN + kRows - 1) / kRows, kAtOnce = 7;
+  static_assert(kRows % 8 == 4);
+  const int row = worker / 8, place = (worker % 8) ^ (row % 8);
+  const Type* source = reinterpret_cast<const Type*>(from) + worker;
+  uint8_t* even = to + row * kRowBytes + place * 16;
+  uint8_t* odd = to + row * kRowBytes + (place ^ 4) * 16;
+#pragma unroll
+  for (int i0 = 0; i0 < kEach; i0 += kAtOnce) {
+    Type v[kAtOnce];
+#pragma unroll
+    for (int i = i0; i < i0 + kAtOnce && i < kEach; ++i) {
+      if ((i + 1) * kRows <= C::kTileN || row + i * kRows < C::kTileN) v[i - i0] = source[i * kSpreaders];
+    }
+#pragma unroll
+    for (int i = i0; i < i0 + kAtOnce && i < kEach; ++i) {
+      if ((i + 1) * kRows <= C::kTileN || row + i * kRows < C::kTileN) {
+        *reinterpret_cast<uint4*>((i % 2 ? odd : even) + i * kRows * kRowBytes) = spread_piece<C, kBits>(v[i - i0]);
+      }
+    }
+  }
+}
+
 // Three warps: stored codes of each stage to the swizzled tile that wgmma reads.
-template <class C>
-__device__ void spread(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, Reduction r) {
-  constexpr int kWorkers = 96, kPieces = C::kTileN * (kRowBytes / 16);
+template <class C, int kBits>
+__device__ void spread_bits(const Shared<C>& sm, int first, int stride, int tiles, int count) {
   const int worker = threadIdx.x - 32;
   Turn<C> turn;
   for (int index = first; index < tiles; index += stride) {
-    for (int i = 0; i < r.count; ++i, turn.step()) {
+    for (int i = 0; i < count; ++i, turn.step()) {
       FullBarrier::wait(sm.packed_full(turn.stage), turn.phase);
-      const uint8_t* from = sm.packed(turn.stage);
-      uint8_t* to = sm.weight(turn.stage);
-      for (int piece = worker; piece < kPieces; piece += kWorkers) {
-        int row = piece / 8, place = (piece % 8) ^ (row % 8);
-        *reinterpret_cast<uint4*>(to + row * kRowBytes + place * 16) = spread_piece<C>(p, from, piece);
-      }
+      spread_stage<C, kBits>(sm.packed(turn.stage), sm.weight(turn.stage), worker);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (threadIdx.x % 32 == 0) FullBarrier::arrive(sm.full(turn.stage));
     }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void spread(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, int count) {
+  if (C::Math::kBytes == 2 && p.shift == 0) {
+    if constexpr (C::Math::kBytes == 2) spread_bits<C, 8>(sm, first, stride, tiles, count);
+  } else if (p.shift == 4) {
+    spread_bits<C, 4>(sm, first, stride, tiles, count);
+  } else {
+    spread_bits<C, 2>(sm, first, stride, tiles, count);
   }
 }
 
