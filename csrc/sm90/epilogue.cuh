@@ -333,15 +333,23 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     const int row = rank * share + v / (C::kTileN / 8), c = v % (C::kTileN / 8) * 8;
     const int64_t m = int64_t(t.m0) + row;
     if (m >= p.m || c >= columns_left) continue;
+    const int64_t at = m * p.out_stride + column + c, from = residual_row(p, m) + column + c;
+    const int count = columns_left - c;
+    uint4 residual = {};  // asked for first: it comes from farther away than sums
+    const bool halves = p.residual && p.residual_type != Float::f32;
+    if (halves) residual = load8(static_cast<const uint16_t*>(p.residual) + from, count, p.residual_aligned);
     using Sum = typename C::Math::Sum;
     Sum sums[8] = {};
-    for (int block = 0; block < p.splits; ++block) {
-      const Sum* from = cg::this_cluster().map_shared_rank(sm.sums() + row * C::kSumsRow + c, block);
-      alignas(16) Sum part[8];
-      reinterpret_cast<uint4*>(part)[0] = reinterpret_cast<const uint4*>(from)[0];
-      reinterpret_cast<uint4*>(part)[1] = reinterpret_cast<const uint4*>(from)[1];
+    for (int block = 0; block < p.splits; block += 2) {  // there is an even number of them
+      alignas(16) Sum parts[2][8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sums[e] += part[e];
+      for (int i = 0; i < 2; ++i) {
+        const Sum* theirs = cg::this_cluster().map_shared_rank(sm.sums() + row * C::kSumsRow + c, block + i);
+        reinterpret_cast<uint4*>(parts[i])[0] = reinterpret_cast<const uint4*>(theirs)[0];
+        reinterpret_cast<uint4*>(parts[i])[1] = reinterpret_cast<const uint4*>(theirs)[1];
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sums[e] += parts[0][e] + parts[1][e];
     }
     const Row of_row = row_of(p, m);
     float y[8];
@@ -349,20 +357,17 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     for (int e = 0; e < 8; ++e) {
       y[e] = finish<C>(p, sums[e], columns[c + e], p.row_scale, of_row);
     }
-    const int64_t at = m * p.out_stride + column + c, from = residual_row(p, m) + column + c;
-    const int count = columns_left - c;
-    if (p.residual && p.residual_type == Float::f32) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (e < count) y[e] += static_cast<const float*>(p.residual)[from + e];
-      }
-    } else if (p.residual) {
-      uint4 r = load8(static_cast<const uint16_t*>(p.residual) + from, count, p.residual_aligned);
-      uint32_t words[4] = {r.x, r.y, r.z, r.w};
+    if (halves) {
+      uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float2 pair = unpack2(p.residual_type, words[e]);
         y[2 * e] += pair.x, y[2 * e + 1] += pair.y;
+      }
+    } else if (p.residual) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (e < count) y[e] += static_cast<const float*>(p.residual)[from + e];
       }
     }
     if (p.out_type == Float::f32) {

@@ -239,7 +239,7 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   static bool ready[64] = {};  // by device; setting it twice does no harm
   if (!ready[on.device % 64]) {
     auto* kernel = reinterpret_cast<const void*>(&matmul<C>);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kAloneBytes);
     if (error != cudaSuccess) return error;
     ready[on.device % 64] = true;
   }
@@ -250,6 +250,9 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   if (C::kOneTile) {
     grid.blocks = C::kSharing ? tiles : tiles * splits;
     grid.cluster = splits;
+    // Left to itself the GPU puts a cluster's blocks on one multiprocessor, where they wait for one another's copies while
+    // others have nothing to do.
+    if (splits > 1 && int(grid.blocks.x) <= on.sm_count) grid.shared_bytes = C::kAloneBytes;
   } else {
     grid.blocks = tiles < on.sm_count ? tiles : on.sm_count;
   }

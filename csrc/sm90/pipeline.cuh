@@ -64,6 +64,10 @@ struct Config {
   static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
   static constexpr int kStages = fit(kBuffers) < 8 ? fit(kBuffers) : 8;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
+  // Of a cluster that fits on a multiprocessor each block has one to itself, where there are enough: a little more shared
+  // memory than a half, which leaves room for a block of the next kernel, but not for another of this one.
+  static constexpr int kAloneBytes = kBlocksPerSm == 2 ? 113 * 1024 + 256 : kSharedBytes;
+  static_assert(kSharedBytes <= kAloneBytes);
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
   static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
   static_assert(!kGeglu || !kOneTile && kTileOut % kPart == 0 && kBufferBytes % 128 == 0);
