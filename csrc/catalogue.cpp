@@ -98,19 +98,24 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
 }
 
 // With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the one with the smallest tiles. The
-// arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time.
+// arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time. Packed weights
+// are unpacked first only where no kernel reads them.
 Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
-  Choice choice;
-  int64_t most = 0;
   const auto& kernels = catalogue();
-  for (int i = 0; i < int(kernels.size()); ++i) {
-    const Kernel& kernel = kernels[i];
-    if ((!only.empty() && only != kernel.family) || !why_not(kernel, p, arch).empty()) continue;
-    const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
-    if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
-    if (tiles > most) choice = {i, 1, false}, most = tiles;
+  for (bool packed : {true, false}) {
+    Choice choice;
+    int64_t most = 0;
+    for (int i = 0; i < int(kernels.size()); ++i) {
+      const Kernel& kernel = kernels[i];
+      if (kernel.packed != packed || (!only.empty() && only != kernel.family)) continue;
+      if (!why_not(kernel, p, arch).empty()) continue;
+      const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
+      if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
+      if (tiles > most) choice = {i, 1, false}, most = tiles;
+    }
+    if (choice.kernel >= 0) return choice;
   }
-  return choice;
+  return {};
 }
 
 constexpr std::string_view kFamilies[] = {"sm90", "sm80"};  // the faster one first
@@ -239,6 +244,8 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
       {"sm90_128x128_geglu", "sm90", 128, 128, 2, 1, false, false, false, true},
+      {"sm90_128x160_packed_geglu", "sm90", 128, 160, 2, 1, true, false, false, true},
+      {"sm90_64x160_packed_geglu", "sm90", 64, 160, 2, 1, true, false, false, true},
       {"sm80_128x160", "sm80", 128, 160, 0, 1, false},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x80", "sm80", 128, 80, 0, 1, false},

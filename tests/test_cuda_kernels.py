@@ -599,14 +599,21 @@ def test_geglu_quantize():
         assert q.is_contiguous()
 
 
-@pytest.mark.parametrize("kernel", ["", *(f"sm90_{tile}_geglu" for tile in ("128x160", "128x128", "64x160")), "sm80"])
+GEGLU_KERNELS = [
+    *(f"sm90_{tile}_geglu" for tile in ("128x160", "128x128", "64x160")),
+    *(f"sm90_{tile}_packed_geglu" for tile in ("128x160", "64x160")),
+]
+
+
+@pytest.mark.parametrize("kernel", ["", *GEGLU_KERNELS, "sm80"])
 def test_geglu_in_the_product_equals_two_operators(kernel, monkeypatch):
     """Bit for bit, also where no kernel joins them: odd sizes, several groups, float32."""
     if kernel:
         monkeypatch.setenv("MIXDQ_KERNEL", kernel)
     for i in range(48 if ON_GPU else 16):
         rng = random.Random(f"geglu product {kernel} {i}")
-        suits, bits, dtype = rng.random() < 0.8, rng.choice((8, 8, 4, 2)), rng.choice(FLOATS[:2])
+        suits, dtype = rng.random() < 0.8, rng.choice(FLOATS[:2])
+        bits = rng.choice((4, 4, 2) if "packed" in kernel else (8, 8, 4, 2))
         half, k = 16 * rng.randint(1, 24), 16 * rng.randint(1, 90)
         rows, groups = log_uniform(rng, 4000 if ON_GPU else 600), [k]
         if not suits:

@@ -135,7 +135,7 @@ __device__ __forceinline__ void feed(const Params& p, const Shared<C>& sm, int w
   if (warp == 0) {
     if (cute::elect_one_sync()) produce<C, true, C::packed>(p, sm, first, stride, tiles, r);
   } else if constexpr (C::packed) {
-    spread(p, sm, first, stride, tiles, r.count);
+    if (first < tiles) spread(p, sm, warp - 1, (tiles - first + stride - 1) / stride * r.count);
   } else if (warp == 1) {
     if (cute::elect_one_sync()) produce<C, false, true>(p, sm, first, stride, tiles, r);
   }

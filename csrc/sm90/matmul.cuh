@@ -10,7 +10,7 @@
 // A warp for each operand loads it. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
 // convolution differs from a linear layer only in the coordinates of the input's tiles.
 //
-// Packed weights pass through three warps that spread the codes over bytes: each code lands in the high bits of its
+// Packed weights pass through warps that spread the codes over bytes: each code lands in the high bits of its
 // byte, so sums come out 16 or 64 times too large, within the range of int8 sums, and are shifted back exactly. Where
 // activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
 //
@@ -35,7 +35,7 @@ template <class C>
 __device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>& sm) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      FullBarrier::init(sm.full(i), C::packed ? 4 : 2);  // the input's copy, and the weights' or the warps that spread
+      FullBarrier::init(sm.full(i), 2);  // the input's copy, and the weights' or the warp that spreads them
       EmptyBarrier::init(sm.empty(i), C::turns == Turns::ping_pong ? 4 : C::kMathGroups * 4 * (C::kSharing ? p.splits : 1));
       if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
     }
@@ -250,9 +250,8 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   if (C::kOneTile) {
     grid.blocks = C::kSharing ? tiles : tiles * splits;
     grid.cluster = splits;
-    // Left to itself the GPU puts a cluster's blocks on one multiprocessor, where they wait for one another's copies while
-    // others have nothing to do.
-    if (splits > 1 && int(grid.blocks.x) <= on.sm_count) grid.shared_bytes = C::kAloneBytes;
+    // Left to itself the GPU puts two blocks on a multiprocessor that the kernel ahead leaves early, while others idle.
+    if (int(grid.blocks.x) <= on.sm_count) grid.shared_bytes = C::kAloneBytes;
   } else {
     grid.blocks = tiles < on.sm_count ? tiles : on.sm_count;
   }

@@ -33,7 +33,9 @@ struct Config {
   static constexpr bool kOneTile = turns == Turns::single || kSharing;  // of a block
   static constexpr int kMathGroups = turns == Turns::single ? 1 : kSharing ? TileM / 64 : 2;
   static constexpr int kThreads = kGroup * (kMathGroups + 1);
-  static constexpr int kBlocksPerSm = kOneTile && TileM * TileN <= 128 * 64 ? 2 : 1;
+  // Packed weights are a while under way, first from memory and then through the warps that spread them: that takes more
+  // stages than fit twice.
+  static constexpr int kBlocksPerSm = kOneTile && !packed && TileM * TileN <= 128 * 64 ? 2 : 1;
   // Rows of one math group, in blocks of the 64 that an instruction takes.
   static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : kSharing ? 64 : TileM) / 64;
 
@@ -64,8 +66,8 @@ struct Config {
   static constexpr int kFixedBytes = 1024 + kStagingBytes + kVectorBytes + 512;
   static constexpr int kStages = fit(kBuffers) < 8 ? fit(kBuffers) : 8;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
-  // Of a cluster that fits on a multiprocessor each block has one to itself, where there are enough: a little more shared
-  // memory than a half, which leaves room for a block of the next kernel, but not for another of this one.
+  // Where there are no more blocks than multiprocessors, each has one to itself: a little more shared memory than a half,
+  // which leaves room for a block of the next kernel if that is another one, but not for a second of this one.
   static constexpr int kAloneBytes = kBlocksPerSm == 2 ? 113 * 1024 + 256 : kSharedBytes;
   static_assert(kSharedBytes <= kAloneBytes);
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);

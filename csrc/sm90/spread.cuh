@@ -5,7 +5,7 @@
 
 namespace mixdq::sm90 {
 
-constexpr int kSpreaders = 96;  // threads
+constexpr int kSpreaders = 3;  // warps
 
 // Eight 4-bit codes to bytes, in order, each in the high half.
 __device__ __forceinline__ uint2 spread4(uint32_t v) {
@@ -63,58 +63,56 @@ __device__ __forceinline__ uint4 spread_piece(typename Stored<C, kBits>::Type v)
   }
 }
 
-// One stage. A worker's pieces are at fixed distances, in the tile as well, since 12 rows on only flip a bit of the
-// swizzle; some are asked for before the first is used, because a step is otherwise as long as shared memory's latency
-// times the number of pieces.
+// One stage, by one warp. A lane's pieces are at fixed distances, in the tile as well, since 4 rows on only flip a bit of
+// the swizzle; some are asked for before the first is used.
 template <class C, int kBits>
-__device__ __forceinline__ void spread_stage(const uint8_t* from, uint8_t* to, int worker) {
+__device__ __forceinline__ void spread_stage(const uint8_t* from, uint8_t* to) {
   using Type = typename Stored<C, kBits>::Type;
-  constexpr int kRows = kSpreaders / 8, kEach = (C::kTileN + kRows - 1) / kRows, kAtOnce = 7;
-  static_assert(kRows % 8 == 4);
-  const int row = worker / 8, place = (worker % 8) ^ (row % 8);
-  const Type* source = reinterpret_cast<const Type*>(from) + worker;
+  constexpr int kRows = 4, kEach = C::kTileN / kRows, kAtOnce = 8;
+  static_assert(C::kTileN % kRows == 0);
+  const int lane = threadIdx.x % 32, row = lane / 8, place = lane % 8 ^ row;
+  const Type* source = reinterpret_cast<const Type*>(from) + lane;
   uint8_t* even = to + row * kRowBytes + place * 16;
   uint8_t* odd = to + row * kRowBytes + (place ^ 4) * 16;
 #pragma unroll
   for (int i0 = 0; i0 < kEach; i0 += kAtOnce) {
     Type v[kAtOnce];
 #pragma unroll
-    for (int i = i0; i < i0 + kAtOnce && i < kEach; ++i) {
-      if ((i + 1) * kRows <= C::kTileN || row + i * kRows < C::kTileN) v[i - i0] = source[i * kSpreaders];
-    }
+    for (int i = i0; i < i0 + kAtOnce && i < kEach; ++i) v[i - i0] = source[i * 32];
 #pragma unroll
     for (int i = i0; i < i0 + kAtOnce && i < kEach; ++i) {
-      if ((i + 1) * kRows <= C::kTileN || row + i * kRows < C::kTileN) {
-        *reinterpret_cast<uint4*>((i % 2 ? odd : even) + i * kRows * kRowBytes) = spread_piece<C, kBits>(v[i - i0]);
-      }
+      *reinterpret_cast<uint4*>((i % 2 ? odd : even) + i * kRows * kRowBytes) = spread_piece<C, kBits>(v[i - i0]);
     }
   }
 }
 
-// Three warps: stored codes of each stage to the swizzled tile that wgmma reads.
+// Stored codes to the swizzled tile that wgmma reads. Each of the warps takes a stage in turn: with all of them at one
+// stage, a step is as long as the waits at its barriers and for shared memory, one after the other.
 template <class C, int kBits>
-__device__ void spread_bits(const Shared<C>& sm, int first, int stride, int tiles, int count) {
-  const int worker = threadIdx.x - 32;
+__device__ void spread_bits(const Shared<C>& sm, int warp, int steps) {
   Turn<C> turn;
-  for (int index = first; index < tiles; index += stride) {
-    for (int i = 0; i < count; ++i, turn.step()) {
-      FullBarrier::wait(sm.packed_full(turn.stage), turn.phase);
-      spread_stage<C, kBits>(sm.packed(turn.stage), sm.weight(turn.stage), worker);
-      cutlass::arch::fence_view_async_shared();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) FullBarrier::arrive(sm.full(turn.stage));
-    }
+  turn.next(warp);
+  for (int i = warp; i < steps; i += kSpreaders, turn.next(kSpreaders)) {
+    // Copies may arrive in another order than they were asked for, and a barrier tells only whether its uses are even or
+    // odd: first the stage's use before has to be over, which another warp has spread.
+    EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
+    FullBarrier::wait(sm.packed_full(turn.stage), turn.phase);
+    spread_stage<C, kBits>(sm.packed(turn.stage), sm.weight(turn.stage));
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) FullBarrier::arrive(sm.full(turn.stage));
   }
 }
 
+// By one of kSpreaders warps, for all steps of all tiles.
 template <class C>
-__device__ __forceinline__ void spread(const Params& p, const Shared<C>& sm, int first, int stride, int tiles, int count) {
+__device__ __forceinline__ void spread(const Params& p, const Shared<C>& sm, int warp, int steps) {
   if (C::Math::kBytes == 2 && p.shift == 0) {
-    if constexpr (C::Math::kBytes == 2) spread_bits<C, 8>(sm, first, stride, tiles, count);
+    if constexpr (C::Math::kBytes == 2) spread_bits<C, 8>(sm, warp, steps);
   } else if (p.shift == 4) {
-    spread_bits<C, 4>(sm, first, stride, tiles, count);
+    spread_bits<C, 4>(sm, warp, steps);
   } else {
-    spread_bits<C, 2>(sm, first, stride, tiles, count);
+    spread_bits<C, 2>(sm, warp, steps);
   }
 }
 
