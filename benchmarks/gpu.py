@@ -196,21 +196,6 @@ class Bench:
         weights = self.weights(self.floats, (layer.columns, layer.k), count)
         return lambda i: F.linear(x, weights[i % len(weights)], bias), count
 
-    def after_quantizer(self, call: Callable[[int], object]) -> Callable[[int], object]:
-        """A quantizer of 256 x 1280 values, then the launch: in a UNet a small kernel is ahead of nearly every layer.
-
-        While that one ends, blocks begin where it leaves room, two on a multiprocessor if they fit, which launches of one
-        kernel after another do not show.
-        """
-        x = torch.randn(256, 1280, dtype=torch.float16, device="cuda")
-        static = torch.tensor([0.02], device="cuda"), torch.tensor([-3.0], device="cuda"), 8, [1280]
-
-        def both(i):
-            torch.ops.mixdq_ao.quantize(x, *static, None)
-            call(i)
-
-        return both
-
     def try_us(self, what: str, call: Callable[[int], object], count: int, repeats: int = 5) -> float | None:
         """As ``time_us``; None, and a line, where the call fails and the GPU is well. A launch that hangs is named."""
         self._at = what, time.monotonic()

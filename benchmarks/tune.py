@@ -1,7 +1,5 @@
 """Find the fastest kernel for every layer of SDXL, and write the table that the library selects by.
 
-Times are those of a small quantizer and the layer, one behind the other as in a UNet.
-
     python benchmarks/tune.py                              on the GPU that the table is for; then build the library
     python benchmarks/tune.py --table t.inc --out t.json   write elsewhere; MIXDQ_TUNING_TABLE=t.inc uses it unbuilt
 
@@ -86,9 +84,8 @@ def write_table(path: Path, rows: dict[tuple[int, Key], Choice]) -> None:
 
 
 def measure(bench: Bench, layer: Layer, bits: int, sm90: bool, known: dict[Choice, float]) -> dict[Choice, float]:
-    """Microseconds of a quantizer and every choice; ``known`` are those with 8 bits."""
+    """Microseconds of every choice; ``known`` are those with 8 bits."""
     call, count = bench.int8(layer, bits)
-    call = bench.after_quantizer(call)
     options = candidates(layer, bits, sm90)
     unpacking = {c: us for c, us in known.items() if c in options and c[0] != "few_rows"}
     if bits != 8 and unpacking:

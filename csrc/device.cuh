@@ -3,8 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <set>
-#include <utility>
 #include "kernels.h"
 
 namespace mixdq {
@@ -30,19 +28,9 @@ struct Grid {
   int cluster = 1;  // blocks of a cluster, along x
 };
 
-// A multiprocessor divides its memory anew between L1 cache and shared memory only when no block is left on it, so that a
-// kernel which wants another division than the one ahead cannot begin while that one ends. All of ours want the same.
-inline cudaError_t divide_alike(const void* kernel, int device) {
-  thread_local std::set<std::pair<const void*, int>> done;
-  if (!done.emplace(kernel, device).second) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
 // Launch a kernel; arguments must have exactly the parameter types.
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), const Grid& grid, const Stream& on, Args... args) {
-  cudaError_t error = divide_alike(reinterpret_cast<const void*>(kernel), on.device);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (on.dependent && on.arch >= 90) {
