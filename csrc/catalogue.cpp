@@ -54,21 +54,19 @@ const char* beyond_im2col(const Matmul& p) {
 }
 
 // Cycles of one multiprocessor, roughly. The constants only have to rank the kernels of one family. Those of sm90 lose
-// least against the timings of an H200 (benchmarks/NOTES.md).
+// least against timings of an H200 and, where codes are packed, of an H100 (benchmarks/NOTES.md).
 double estimate(const Kernel& kernel, const Matmul& p, int splits, int sm_count) {
   bool sm90 = std::string_view(kernel.family) == "sm90";
   // Per cycle: products, bytes to shared memory, bytes of the output.
   double macs = sm90 && !p.floating ? 4096 : 2048, bytes_in = sm90 ? 66 : 42, bytes_out = sm90 ? 88 : 48;
   int64_t tiles_n = 0;
   for (int i = 0; i < p.weight_count; ++i) tiles_n += ceil_div(p.weights[i].n, kernel.tile_n);
-  const int shared_by = kernel.sharing ? splits : 1;
-  if (kernel.sharing) splits = 1;
-  int64_t blocks = ceil_div(p.m(), kernel.tile_m * shared_by) * shared_by * tiles_n * splits;
+  int64_t blocks = ceil_div(p.m(), kernel.tile_m) * tiles_n * splits;
   int64_t steps = ceil_div(p.taps() * ceil_div(p.x.channels, kStep), splits);
   int64_t rounds = ceil_div(blocks, sm_count);
   double tile = double(kernel.tile_m) * kernel.tile_n;
-  double math = tile * kStep / macs * (kernel.packed ? 5 : 1);  // spreading packed codes takes instructions
-  double weight_bytes = (kernel.packed ? p.bits / 8. : 1) / shared_by;
+  double math = tile * kStep / macs * (kernel.packed ? 3 : 1);  // spreading packed codes takes instructions
+  double weight_bytes = kernel.packed ? p.bits / 8. : 1;
   double step = std::max(math, (kernel.tile_m * p.element_bytes() + kernel.tile_n * weight_bytes) * kStep / bytes_in);
   // Persistent kernels begin a tile while another ends, except where all warps work on one tile; of those that are not,
   // two blocks share a multiprocessor, and half of an end is hidden by the other one.
@@ -85,11 +83,12 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   const auto& kernels = catalogue();
   for (int i = 0; i < int(kernels.size()); ++i) {
     const Kernel& kernel = kernels[i];
-    if (family != kernel.family || !why_not(kernel, p, arch).empty()) continue;
+    // Where blocks that share weights gain, only measurements tell: they are for the table.
+    if (family != kernel.family || kernel.sharing || !why_not(kernel, p, arch).empty()) continue;
     int64_t steps = p.taps() * ceil_div(p.x.channels, kStep);
     // A part should have some steps to itself, or handing over the sums costs more than it saves.
     for (int splits = 1; splits <= kernel.max_splits; splits *= 2) {
-      if (splits > 1 && !kernel.sharing && steps < 2 * splits) break;
+      if (splits > 1 && steps < 2 * splits) break;
       double cycles = estimate(kernel, p, splits, sm_count);
       if (best.kernel < 0 || cycles < least) best = {i, splits, false}, least = cycles;
     }
