@@ -180,7 +180,11 @@ def test_codes_that_there_are_not(name):
 def test_sizes_of_sdxl(tokens, count, keys, dtype):
     rng = random.Random(tokens)
     q, k, v = (heads(rng, 2, count, n, dtype, "merged") for n in (tokens, keys or tokens, keys or tokens))
-    check(torch.ops.mixdq_ao.attention(q, k, v, None, "mixdq"), q, k, v, C**-0.5, (tokens, count, keys))
+    found = torch.ops.mixdq_ao.attention(q, k, v, None, "mixdq")
+    check(found, q, k, v, C**-0.5, (tokens, count, keys))
+    static, rows = draw_static(rng), found.transpose(1, 2).flatten(2)
+    codes = torch.ops.mixdq_ao.attention_quantize(q, k, v, None, "mixdq", *static)
+    assert torch.equal(codes, ops.quantize(rows, *static, [rows.shape[2]], None))
 
 
 @needs_gpu
