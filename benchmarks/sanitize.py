@@ -120,7 +120,9 @@ def attentions() -> Iterator[tuple[str, Callable, tuple]]:
     torch.manual_seed(0)
     for dtype, queries, keys in ((torch.float16, 70, 300), (torch.bfloat16, 50, 77)):
         q, k, v = (torch.randn(2, n, 3, 64).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
-        yield f"attention {queries} x {keys}", torch.ops.mixdq_ao.short_attention, (q, k, v, 0.125)
+        call = torch.ops.mixdq_ao
+        yield f"attention {queries} x {keys}", call.short_attention, (q, k, v, 0.125)
+        yield f"attention {queries} x {keys} to codes", call.short_attention_quantize, (q, k, v, 0.125, *STATIC)
 
 
 def check(op: Callable, args: tuple) -> None:

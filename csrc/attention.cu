@@ -14,7 +14,7 @@
 #include "cute/arch/copy_sm75.hpp"
 #include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/mma_sm80.hpp"
-#include "device.cuh"
+#include "codes.cuh"
 
 namespace mixdq {
 namespace {
@@ -206,32 +206,52 @@ struct Rows {
   }
 };
 
-// Adds what the warps of the same rows have found and writes `rows` rows.
+// Four columns of a row, rounded: the sum of what the warps of that row have found.
+template <class T>
+__device__ __forceinline__ uint2 add_up(const float* sums, const float2* ranges, Shape warps, int row, int column) {
+  float high = -kInfinity, sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < kMostKeyWarps; ++k) {
+    if (k < warps.keys) high = fmaxf(high, ranges[k * warps.rows * kRows + row].x);
+  }
+  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int k = 0; k < kMostKeyWarps; ++k) {
+    if (k >= warps.keys) break;
+    int at = k * warps.rows * kRows + row;
+    float2 range = ranges[at];
+    float factor = exp2_fast(range.x - high);
+    float4 add = *reinterpret_cast<const float4*>(sums + at * kSumsPitch + column);
+    sum += range.y * factor;
+    total.x += add.x * factor, total.y += add.y * factor, total.z += add.z * factor, total.w += add.w * factor;
+  }
+  float f = __fdividef(1.f, sum);
+  return make_uint2(pair<T>(total.x * f, total.y * f), pair<T>(total.z * f, total.w * f));
+}
+
 template <class T>
 __device__ __forceinline__ void write_rows(const float* sums, const float2* ranges, Shape warps, T* out, int64_t stride,
                                            int rows) {
   constexpr int kVectors = kC / 4;
   for (int i = threadIdx.x; i < rows * kVectors; i += blockDim.x) {
     int row = i / kVectors, column = i % kVectors * 4;
-    float high = -kInfinity, sum = 0.f;
-#pragma unroll
-    for (int k = 0; k < kMostKeyWarps; ++k) {
-      if (k < warps.keys) high = fmaxf(high, ranges[k * warps.rows * kRows + row].x);
-    }
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int k = 0; k < kMostKeyWarps; ++k) {
-      if (k >= warps.keys) break;
-      int at = k * warps.rows * kRows + row;
-      float2 range = ranges[at];
-      float factor = exp2_fast(range.x - high);
-      float4 add = *reinterpret_cast<const float4*>(sums + at * kSumsPitch + column);
-      sum += range.y * factor;
-      total.x += add.x * factor, total.y += add.y * factor, total.z += add.z * factor, total.w += add.w * factor;
-    }
-    float f = __fdividef(1.f, sum);
-    *reinterpret_cast<uint2*>(out + row * stride + column) =
-        make_uint2(pair<T>(total.x * f, total.y * f), pair<T>(total.z * f, total.w * f));
+    *reinterpret_cast<uint2*>(out + row * stride + column) = add_up<T>(sums, ranges, warps, row, column);
+  }
+}
+
+// The codes of what write_rows() would write.
+template <class T>
+__device__ __forceinline__ void write_codes(const float* sums, const float2* ranges, Shape warps, const Encoder& e,
+                                            int8_t* out, int64_t stride, int rows) {
+  constexpr int kVectors = kC / kVector;
+  for (int i = threadIdx.x; i < rows * kVectors; i += blockDim.x) {
+    int row = i / kVectors, column = i % kVectors * kVector;
+    uint2 low = add_up<T>(sums, ranges, warps, row, column), high = add_up<T>(sums, ranges, warps, row, column + 4);
+    Raw<T> raw;
+    raw.part[0] = uint4{low.x, low.y, high.x, high.y};
+    float f[kVector];
+    raw.get(f);
+    *reinterpret_cast<uint2*>(out + row * stride + column) = encode(f, e);
   }
 }
 
@@ -240,7 +260,8 @@ __device__ __forceinline__ T* head(T* data, const int64_t (&stride)[3]) {
   return data + blockIdx.z * stride[0] + blockIdx.y * stride[1];
 }
 
-template <class T>
+// Out: T, or int8_t for its codes.
+template <class T, class Out>
 __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant__ Attention p, Shape warps) {
   extern __shared__ __align__(16) int8_t shared[];
   T *q = reinterpret_cast<T*>(shared), *keys = q + warps.rows * kRows * kPitch;
@@ -269,6 +290,10 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
   if (kStageChunks < chunks) copy(kStageChunks);
   cute::cp_async_fence();
 
+  constexpr bool kCodes = std::is_same_v<Out, int8_t>;
+  float act_scale = 1.f, act_zero_point = 0.f;  // here already: nobody waits for them later
+  if constexpr (kCodes) act_scale = *p.codes.scale, act_zero_point = *p.codes.zero_point;
+
   Rows<T> found;
   cute::cp_async_wait<1>();
   __syncthreads();
@@ -294,11 +319,14 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
   float2* ranges = reinterpret_cast<float2*>(sums + warps.rows * warps.keys * kRows * kSumsPitch);
   found.put(sums + warp * kRows * kSumsPitch, ranges + warp * kRows);
   __syncthreads();
-  T* out = head(static_cast<T*>(p.out), p.out_stride) + row0 * p.out_stride[2];
-  write_rows(sums, ranges, warps, out, p.out_stride[2], rows);
+  Out* out = head(static_cast<Out*>(p.out), p.out_stride) + row0 * p.out_stride[2];
+  if constexpr (kCodes) {
+    Encoder e(act_scale, act_zero_point, p.codes.bits);
+    write_codes<T>(sums, ranges, warps, e, out, p.out_stride[2], rows);
+  } else {
+    write_rows(sums, ranges, warps, out, p.out_stride[2], rows);
+  }
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cycles of the multiprocessor that has most to do, roughly. Its blocks come one or two at a time, by their registers and
 // shared memory: they begin, compute what tensor cores and shared memory take equally long for, or the chunks of a single
@@ -329,13 +357,14 @@ Shape choose(const Attention& p, int sm_count) {
   return best;
 }
 
-template <class T>
+template <class T, class Out>
 cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
   // More shared memory than 48 KiB has to be asked for, once on each device.
   static std::atomic<uint64_t> asked{0};
   uint64_t bit = on.device < 64 ? uint64_t(1) << on.device : 0;
   if (!(asked.load() & bit)) {
-    cudaError_t error = cudaFuncSetAttribute(attend<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+    cudaError_t error =
+        cudaFuncSetAttribute(attend<T, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
     if (error != cudaSuccess) return error;
     asked |= bit;
   }
@@ -343,7 +372,12 @@ cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
                dim3(unsigned(warps.warps() * 32)), warps.shared_bytes()};
   Attention given = p;
   given.scale *= 1.4426950408889634f;  // log2(e), for powers of 2
-  return launch(attend<T>, grid, on, given, warps);
+  return launch(attend<T, Out>, grid, on, given, warps);
+}
+
+template <class T>
+cudaError_t run_typed(const Attention& p, Shape warps, const Stream& on) {
+  return p.codes.scale ? run<T, int8_t>(p, warps, on) : run<T, T>(p, warps, on);
 }
 
 }  // namespace
@@ -351,7 +385,7 @@ cudaError_t run(const Attention& p, Shape warps, const Stream& on) {
 cudaError_t attention(const Attention& p, const Stream& on) {
   Shape warps = choose(p, on.sm_count);
   if (!warps.fits() || p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
-  return p.type == Float::f16 ? run<__half>(p, warps, on) : run<__nv_bfloat16>(p, warps, on);
+  return p.type == Float::f16 ? run_typed<__half>(p, warps, on) : run_typed<__nv_bfloat16>(p, warps, on);
 }
 
 }  // namespace mixdq

@@ -43,14 +43,7 @@ _fastest: dict[tuple, str] = {}
 # for 1 / sqrt(channels). The output is as q, dense, its strides in the order of those of q.
 @define("attention(Tensor q, Tensor k, Tensor v, float? scale, str backend) -> Tensor")
 def _attention(q, k, v, scale, backend):
-    if backend == AUTO:
-        return _run(fastest(q, k, v, scale), q, k, v, scale)
-    if not _is_usable(backend, q, k, v, scale):
-        raise UnsupportedError(
-            f"attention={backend!r} cannot compute queries {list(q.shape)} and keys {list(k.shape)} of {q.dtype} on "
-            f"{q.device.type}; {' or '.join(usable(q, k, v, scale))} can. Use one of them, or attention='auto'"
-        )
-    return _run(backend, q, k, v, scale)
+    return _run(_checked(backend, q, k, v, scale), q, k, v, scale)
 
 
 @fake("attention")
@@ -58,7 +51,23 @@ def _(q, k, v, scale, backend):
     return torch.empty_like(q)
 
 
-# The CUDA library computes it for what fits our kernel; elsewhere, as every operator of ours, by torch.
+# What quantize makes of its output, heads merged: int8 [batch, tokens, heads * channels]. act_scale and act_zero_point:
+# float32 [1]. Our own kernel writes codes by itself.
+@define(
+    "attention_quantize(Tensor q, Tensor k, Tensor v, float? scale, str backend, Tensor act_scale, "
+    "Tensor act_zero_point, int bits) -> Tensor"
+)
+def _attention_quantize(q, k, v, scale, backend, act_scale, act_zero_point, bits):
+    static = act_scale, act_zero_point, bits
+    return _run_quantized(_checked(backend, q, k, v, scale, static), q, k, v, scale, static)
+
+
+@fake("attention_quantize")
+def _(q, k, v, scale, backend, act_scale, act_zero_point, bits):
+    return _empty_codes(q)
+
+
+# The CUDA library computes these two for what fits our kernel; elsewhere, as every operator of ours, torch does.
 @define("short_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 def _short_attention(q, k, v, scale):
     return _run("math", q, k, v, scale)
@@ -69,26 +78,50 @@ def _(q, k, v, scale):
     return torch.empty_like(q)
 
 
+@define(
+    "short_attention_quantize(Tensor q, Tensor k, Tensor v, float scale, Tensor act_scale, Tensor act_zero_point, "
+    "int bits) -> Tensor"
+)
+def _short_attention_quantize(q, k, v, scale, act_scale, act_zero_point, bits):
+    return _quantize_merged(_run("math", q, k, v, scale), (act_scale, act_zero_point, bits))
+
+
+@fake("short_attention_quantize")
+def _(q, k, v, scale, act_scale, act_zero_point, bits):
+    return _empty_codes(q)
+
+
+def _empty_codes(q: Tensor) -> Tensor:
+    batch, heads, tokens, channels = q.shape
+    return torch.empty((batch, tokens, heads * channels), dtype=torch.int8, device=q.device)
+
+
 def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
     """The backends that can compute these sizes on this device, and that torch's switches allow."""
     return [name for name in BACKENDS if _is_usable(name, q, k, v, scale)]
 
 
-def fastest(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
-    """The fastest usable backend for these sizes, measured once in a process; ``math`` only if it is the only one."""
+def fastest(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, static: tuple | None = None) -> str:
+    """The fastest usable backend for these sizes, measured once in a process; ``math`` only if it is the only one.
+
+    ``static``: the scale, zero point and bits of codes, whose quantizer then counts as well.
+    """
     names = tuple(usable(q, k, v, scale))
-    key = q.device, q.dtype, q.shape, k.shape, names
+    key = q.device, q.dtype, q.shape, k.shape, names, static is not None
     if key not in _fastest:
         if len(names) <= 2 or torch.cuda.is_current_stream_capturing():
             return names[0]
-        times = timings(q, k, v, scale)
+        times = timings(q, k, v, scale, static)
         _fastest[key] = next((name for name, t in times.items() if t <= _MARGIN * min(times.values())), "math")
     return _fastest[key]
 
 
-def timings(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> dict[str, float]:
-    """Milliseconds on the GPU of each usable backend but ``math``; one that fails, or disagrees with the first that
-    does not, is left out."""
+def timings(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, static: tuple | None = None
+) -> dict[str, float]:
+    """Milliseconds on the GPU of each usable backend but ``math``, up to codes where ``static`` says which; one that
+    fails, or disagrees with the first that does not, is left out."""
+    run = _run if static is None else functools.partial(_run_quantized, static=static)
     times, expected = {}, None
     for name in usable(q, k, v, scale)[:-1]:
         try:
@@ -99,8 +132,20 @@ def timings(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> dict
             continue
         expected = found if expected is None else expected
         if (found - expected).norm() <= _TOLERANCE * expected.norm():
-            times[name] = _time(lambda name=name: _run(name, q, k, v, scale), q.device)
+            times[name] = _time(lambda name=name: run(name, q, k, v, scale), q.device)
     return times
+
+
+def _checked(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, static: tuple | None = None) -> str:
+    """The backend that is meant; an error if it cannot compute these sizes."""
+    if backend == AUTO:
+        return fastest(q, k, v, scale, static)
+    if not _is_usable(backend, q, k, v, scale):
+        raise UnsupportedError(
+            f"attention={backend!r} cannot compute queries {list(q.shape)} and keys {list(k.shape)} of {q.dtype} on "
+            f"{q.device.type}; {' or '.join(usable(q, k, v, scale))} can. Use one of them, or attention='auto'"
+        )
+    return backend
 
 
 def _is_usable(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
@@ -135,7 +180,7 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Ten
     if name == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
     if name == "mixdq":
-        return torch.ops.mixdq_ao.short_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return torch.ops.mixdq_ao.short_attention(q, k, v, _scale(q, scale))
     if name == "flash" and q.is_cuda:
         return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     if name == "flash":
@@ -147,6 +192,22 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Ten
     # These have an order of their own.
     promised = torch.empty_like(q, device="meta").stride()
     return y if y.stride() == promised else torch.empty_like(q).copy_(y)
+
+
+def _run_quantized(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, static: tuple) -> Tensor:
+    if name == "mixdq":
+        return torch.ops.mixdq_ao.short_attention_quantize(q, k, v, _scale(q, scale), *static)
+    return _quantize_merged(_run(name, q, k, v, scale), static)
+
+
+def _quantize_merged(y: Tensor, static: tuple) -> Tensor:
+    """The codes of ``[batch, heads, tokens, channels]`` as ``[batch, tokens, heads * channels]``."""
+    rows = y.transpose(1, 2).flatten(2)
+    return torch.ops.mixdq_ao.quantize(rows, *static, [rows.shape[2]], None)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:

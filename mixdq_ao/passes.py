@@ -2,8 +2,9 @@
 
 At this level a quantized layer is one call, ``linear(x, weight, bias)``, whose weight is known to be a ``MixDQTensor``,
 and norms, GEGLU and attention are single calls as well. Each layer is split into a quantizer and a product; then equal
-quantizers become one, products of one input become one, and quantizers join the norm or GEGLU before them. What is put
-into the graph are the functions of the next section: AOTAutograd traces through them and leaves our operators.
+quantizers become one, products of one input become one, and quantizers join the norm, GEGLU or attention before them.
+What is put into the graph are the functions of the next section: AOTAutograd traces through them and leaves our
+operators.
 """
 
 import operator
@@ -53,6 +54,8 @@ class Passes:
         layer_norm, geglu, group_norm: quantize in the operator that computes the layer's input; GroupNorm with the
             SiLU and the reordering of pixels to tokens that may follow
         geglu_product: GEGLU and quantize in the product that computes the value and its gate
+        attention_quantize: quantize in the operator that computes attention, where a backend is chosen at all: our own
+            writes codes
         opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with
         max_merged: as many layers in one product at most
     """
@@ -64,6 +67,7 @@ class Passes:
     layer_norm: bool = True
     geglu: bool = True
     geglu_product: bool = True
+    attention_quantize: bool = True
     group_norm: bool = True
     opaque: bool = True
     max_merged: int = MAX_MERGED
@@ -142,6 +146,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -
     return torch.ops.mixdq_ao.attention(q, k, v, scale, backend)
 
 
+def attend_quantize(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str, w: MixDQTensor) -> Tensor:
+    static = w.act_scale, w.act_zero_point, w.act_bits
+    return torch.ops.mixdq_ao.attention_quantize(q, k, v, scale, backend, *static)
+
+
 FUNCTIONS = (
     quantize,
     quantize_traced,
@@ -153,6 +162,7 @@ FUNCTIONS = (
     linear_multi,
     conv2d,
     attend,
+    attend_quantize,
 )
 
 
@@ -433,6 +443,33 @@ def _geglu_input(product: fx.Node) -> fx.Node | None:
     return None
 
 
+def attention_quantize(graph: fx.Graph, passes: Passes) -> int:
+    hits = 0
+    for node in calls(graph, quantize_traced):
+        x, w, pad = node.args
+        if pad is None and len(value_of(w).input_groups) == 1 and has_one_user(x):
+            heads = _merged_heads(x)
+            if heads is not None and heads.target is attend:
+                hits += 1
+                replace_by_call(graph, node, attend_quantize, (*heads.args, w))
+    return hits
+
+
+def _merged_heads(x: fx.Node) -> fx.Node | None:
+    """``[batch, heads, tokens, channels]`` of which ``x`` is ``[batch, tokens, heads * channels]``, for ``x`` alone."""
+    if not (is_method(x, "reshape") or is_method(x, "flatten")):
+        return None
+    swapped = x.args[0]
+    if not (is_method(swapped, "transpose", (1, 2)) or is_method(swapped, "permute", (0, 2, 1, 3))):
+        return None
+    heads = swapped.args[0]
+    if not (has_one_user(swapped) and has_one_user(heads)):
+        return None
+    whole, merged = value_of(heads).shape, value_of(x).shape
+    fits = len(merged) == 3 and known([merged[0] == whole[0], merged[2] == whole[1] * whole[3]])
+    return heads if fits else None
+
+
 def group_norm(graph: fx.Graph, passes: Passes) -> int:
     hits = 0
     for node in calls(graph, quantize_traced):
@@ -495,6 +532,7 @@ REWRITES: dict[str, Callable[[fx.Graph, Passes], int]] = {
     "layer_norm": layer_norm,
     "geglu": geglu,
     "geglu_product": geglu_product,
+    "attention_quantize": attention_quantize,
     "group_norm": group_norm,
     "opaque": opaque,
 }

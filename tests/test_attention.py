@@ -36,10 +36,29 @@ def test_the_numbers_of_torch(inputs, backend):
         assert found.stride() == torch.empty_like(inputs[0]).stride()
 
 
+STATIC = torch.tensor([0.02]), torch.tensor([-3.0])
+
+
+@pytest.mark.parametrize("backend", ["flash", "math", "auto"])
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_those_of_its_output(inputs, backend, dtype, bits):
+    inputs = [x.to(dtype) for x in inputs]
+    for scale in (None, 0.3):
+        rows = torch.ops.mixdq_ao.attention(*inputs, scale, backend).transpose(1, 2).reshape(2, -1, 48)
+        expected = torch.ops.mixdq_ao.quantize(rows, *STATIC, bits, [48], None)
+        found = torch.ops.mixdq_ao.attention_quantize(*inputs, scale, backend, *STATIC, bits)
+        assert torch.equal(found, expected) and found.is_contiguous() and len(found.unique()) > bits
+
+
 @pytest.mark.parametrize("backend", ["mixdq", "cudnn", "efficient"])
 def test_a_backend_that_is_not_there(backend):
-    with pytest.raises(UnsupportedError, match=r"queries \[2, 3, 9, 16\].* on cpu; flash or math can"):
+    message = r"queries \[2, 3, 9, 16\].* on cpu; flash or math can"
+    with pytest.raises(UnsupportedError, match=message):
         torch.ops.mixdq_ao.attention(*INPUTS["self"], None, backend)
+    with pytest.raises(UnsupportedError, match=message):
+        torch.ops.mixdq_ao.attention_quantize(*INPUTS["self"], None, backend, *STATIC, 8)
 
 
 @pytest.mark.parametrize("dtype, channels, fits", [("half", 64, True), ("bfloat16", 64, True), ("float", 64, False),
@@ -109,6 +128,27 @@ def test_it_is_measured_once_for_sizes_and_backends(monkeypatch):
     assert gpu.measured == [INPUTS[name][0].shape for name in ("self", "cross", "contiguous")]
     del gpu.milliseconds["cudnn"]  # as if torch's switch for it had been turned off
     assert attention.fastest(*INPUTS["self"]) == "flash" and len(gpu.measured) == 4
+
+
+def test_a_quantizer_counts_where_codes_are_wanted(monkeypatch):
+    """Our kernel is slower than another, but not slower than that and a quantizer."""
+    gpu = Gpu(monkeypatch, flash=3.0, mixdq=2.5, cudnn=2.0)
+    run_quantized = attention._run_quantized
+
+    def fake_run_quantized(name, *args, **kwargs):
+        codes = run_quantized("math", *args, **kwargs)
+        gpu.last = f"{name}, quantized"
+        return codes
+
+    monkeypatch.setattr(attention, "_run_quantized", fake_run_quantized)
+    gpu.milliseconds |= {"flash, quantized": 4.0, "mixdq, quantized": 2.5, "cudnn, quantized": 3.0}
+    inputs = INPUTS["self"]
+    for _ in range(2):
+        torch.ops.mixdq_ao.attention(*inputs, None, "auto")
+        assert gpu.last == "cudnn"
+        torch.ops.mixdq_ao.attention_quantize(*inputs, None, "auto", *STATIC, 8)
+        assert gpu.last == "mixdq, quantized"
+    assert len(gpu.measured) == 2
 
 
 @pytest.mark.parametrize("milliseconds, fastest", [({}, "math"), ({"efficient": 1.0}, "efficient")])

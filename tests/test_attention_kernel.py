@@ -55,22 +55,50 @@ def check(found: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, what) ->
     assert sqnr(exact(q, k, v, scale), found) > (45 if q.dtype == torch.bfloat16 else 60), what
 
 
-@pytest.mark.parametrize("shape", ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1"])
+def draw(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, float, tuple]:
+    """Queries, keys, values, a scale, and what they are."""
+    batch, count = rng.randint(1, 3), rng.randint(1, 3)
+    queries, keys = log_uniform(rng, 300 if ON_GPU else 100), log_uniform(rng, 300)
+    dtype, scale = rng.choice((torch.float16, torch.bfloat16)), rng.choice((0.125, 0.125, 0.3, 1.7))
+    layouts = [rng.choice([layout for layout in LAYOUTS if layout != "expanded"]), *rng.choices(LAYOUTS, k=2)]
+    q, k, v = (
+        heads(rng, batch, count, tokens, dtype, layout)
+        for tokens, layout in zip((queries, keys, keys), layouts, strict=True)
+    )
+    return q, k, v, scale, (batch, count, queries, keys, dtype, scale, layouts)
+
+
+SHAPES = ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1"]  # warps by rows and keys; "": the library's own choice
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_random_problems(shape, monkeypatch):
-    """``shape``: warps by rows and keys; "" is the library's own choice."""
     monkeypatch.setenv("MIXDQ_ATTENTION", shape)
     for i in range(CASES):
-        rng = random.Random(f"{shape} {i}")
-        batch, count = rng.randint(1, 3), rng.randint(1, 3)
-        queries, keys = log_uniform(rng, 300 if ON_GPU else 100), log_uniform(rng, 300)
-        dtype, scale = rng.choice((torch.float16, torch.bfloat16)), rng.choice((0.125, 0.125, 0.3, 1.7))
-        layouts = [rng.choice([layout for layout in LAYOUTS if layout != "expanded"]), *rng.choices(LAYOUTS, k=2)]
-        q, k, v = (
-            heads(rng, batch, count, tokens, dtype, layout)
-            for tokens, layout in zip((queries, keys, keys), layouts, strict=True)
-        )
-        found = ops.short_attention(q, k, v, scale)
-        check(found, q, k, v, scale, (batch, count, queries, keys, dtype, scale, layouts))
+        q, k, v, scale, what = draw(random.Random(f"{shape} {i}"))
+        check(ops.short_attention(q, k, v, scale), q, k, v, scale, what)
+
+
+def draw_static(rng: random.Random) -> tuple[Tensor, Tensor, int]:
+    """From codes of which most are at an end of their range to some that are nearly all zero."""
+    bits = rng.choice((8, 8, 4))
+    scale, zero_point = 10 ** rng.uniform(-3, 0.5), rng.randint(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return torch.tensor([scale], device=DEVICE), torch.tensor([float(zero_point)], device=DEVICE), bits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_equal_those_of_its_output(shape, monkeypatch):
+    monkeypatch.setenv("MIXDQ_ATTENTION", shape)
+    for i in range(CASES):
+        rng = random.Random(f"codes {shape} {i}")
+        q, k, v, scale, what = draw(rng)
+        if rng.random() < 0.2:
+            v[0, 0, 0, 0] = rng.choice((math.nan, math.inf, -math.inf))
+        static = draw_static(rng)
+        found = ops.short_attention_quantize(q, k, v, scale, *static)
+        rows = ops.short_attention(q, k, v, scale).transpose(1, 2).flatten(2)
+        expected = ops.quantize(rows, *static, [rows.shape[2]], None)
+        assert found.dtype == torch.int8 and found.is_contiguous() and torch.equal(found, expected), (*what, static)
 
 
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 77, 127, 128, 129, 256, 257, 300])
@@ -94,6 +122,8 @@ def test_large_scores(shape, monkeypatch):
 def test_nothing_to_compute():
     q, k = torch.empty(2, 3, 0, C, device=DEVICE).half(), torch.empty(2, 3, 5, C, device=DEVICE).half()
     assert ops.short_attention(q, k, k, 0.125).shape == q.shape
+    codes = ops.short_attention_quantize(q, k, k, 0.125, *draw_static(random.Random(0)))
+    assert (codes.shape, codes.dtype) == ((2, 0, 3 * C), torch.int8)
 
 
 def wrong(**changed):
@@ -122,8 +152,25 @@ def test_what_the_kernel_cannot_do_is_an_error(name):
     args, message = ERRORS[name]
     with pytest.raises(RuntimeError, match=message):
         ops.short_attention(*args())
+    with pytest.raises(RuntimeError, match=message):
+        ops.short_attention_quantize(*args(), *draw_static(random.Random(0)))
     q, k, v, scale = args()
     assert not attention._fits_our_kernel(q, k, v, scale)
+
+
+ODD_CODES = {
+    "two scales": (lambda s, z, bits: (s.repeat(2), z, bits), "scale must have 1 values; found 2"),
+    "two zero points": (lambda s, z, bits: (s, z.repeat(2), bits), "zero_point must have 1 values; found 2"),
+    "half scales": (lambda s, z, bits: (s.half(), z, bits), "scale has the wrong dtype"),
+    "5 bits": (lambda s, z, bits: (s, z, 5), "activation bits must be 8 or 4; found 5"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_CODES)
+def test_codes_that_there_are_not(name):
+    change, message = ODD_CODES[name]
+    with pytest.raises(RuntimeError, match=message):
+        ops.short_attention_quantize(*wrong(), *change(*draw_static(random.Random(0))))
 
 
 @needs_gpu
@@ -133,7 +180,11 @@ def test_what_the_kernel_cannot_do_is_an_error(name):
 def test_sizes_of_sdxl(tokens, count, keys, dtype):
     rng = random.Random(tokens)
     q, k, v = (heads(rng, 2, count, n, dtype, "merged") for n in (tokens, keys or tokens, keys or tokens))
-    check(torch.ops.mixdq_ao.attention(q, k, v, None, "mixdq"), q, k, v, C**-0.5, (tokens, count, keys))
+    found = torch.ops.mixdq_ao.attention(q, k, v, None, "mixdq")
+    check(found, q, k, v, C**-0.5, (tokens, count, keys))
+    static, rows = draw_static(rng), found.transpose(1, 2).flatten(2)
+    codes = torch.ops.mixdq_ao.attention_quantize(q, k, v, None, "mixdq", *static)
+    assert torch.equal(codes, ops.quantize(rows, *static, [rows.shape[2]], None))
 
 
 @needs_gpu

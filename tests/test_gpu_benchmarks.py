@@ -276,6 +276,7 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
     assert {name.partition(".")[2] for name in ops} >= {
         "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "linear_int8_geglu", "conv2d_int8", "quantize",
         "quantize_per_token", "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
+        "short_attention_quantize",
     }  # fmt: skip
 
 

@@ -443,9 +443,13 @@ def op_cases():
         "packed": torch.randn(2, 9, 3, 48).transpose(1, 2).split(16, dim=-1),
         "contiguous": [t.contiguous() for t in (q, k, v)],
     }.items():
+        static = torch.tensor([0.01]), torch.tensor([3.0]), 8
         yield f"short_attention-{layout}", "short_attention", (*inputs, 0.3)
+        yield f"short_attention_quantize-{layout}", "short_attention_quantize", (*inputs, 0.3, *static)
         for backend in ("flash", "math"):
             yield f"attention-{backend}-{layout}", "attention", (*inputs, None, backend)
+            name = f"attention_quantize-{backend}-{layout}"
+            yield name, "attention_quantize", (*inputs, None, backend, *static)
 
 
 OP_CASES = list(op_cases())

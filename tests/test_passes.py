@@ -120,8 +120,8 @@ def test_a_transformer_block(block):
 
 # What a rewrite finds with those alone that it cannot do without.
 ALONE = {"merge": (["share"], 2), "share": ([], 3), "residual": (["no_ops"], 3), "geglu": (["no_ops"], 1),
-         "geglu_product": (["no_ops", "geglu"], 1), "layer_norm": ([], 5), "group_norm": ([], 0), "opaque": ([], 2),
-         "no_ops": ([], 7)}  # fmt: skip
+         "geglu_product": (["no_ops", "geglu"], 1), "attention_quantize": ([], 0), "layer_norm": ([], 5),
+         "group_norm": ([], 0), "opaque": ([], 2), "no_ops": ([], 7)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -513,17 +513,90 @@ def test_nothing_is_shared_or_moved_over_a_write(write):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
+def qkv(*shape, dtype=torch.float32, seed=1) -> list[torch.Tensor]:
+    return [noise(*shape, seed=seed + i, dtype=dtype) for i in range(3)]
+
+
+class Attend(nn.Module):
+    """Attention of 3 heads of 16 channels, and a layer that reads it; ``options`` are the layer's weight's."""
+
+    def __init__(self, merge=lambda y: y.transpose(1, 2).reshape(2, -1, 48), after=lambda y, x: y, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = static(nn.Linear(48, 16), **options)
+        self.merge, self.after = merge, after
+
+    def forward(self, q, k, v):
+        x = self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.after(self.layer(x), x)
+
+
 def test_attention_of_a_block(block):
-    """A named backend stands in for torch's, and its output is quantized as before."""
+    """A named backend stands in for torch's, and quantizes its output: of self- and of cross-attention."""
     backend = check(block, *tokens(), attention="flash")
+    hits = backend.fuse.hits
+    assert hits["attention"] == hits["attention_quantize"] == backend.calls["attend_quantize"] == 2
+    assert {name: hits[name] for name in BLOCK_HITS} == {**BLOCK_HITS, "opaque": 1}
+    assert not backend.calls["attend"]
+
+
+def test_attention_that_is_quantized_afterwards(block):
+    passes = dataclasses.replace(Passes(), attention_quantize=False)
+    backend = check(block, *tokens(), passes=passes, attention="flash")
     assert backend.calls["attend"] == backend.fuse.hits["attention"] == 2
     assert {name: backend.fuse.hits[name] for name in BLOCK_HITS} == BLOCK_HITS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act_bits", [8, 4])
+def test_attention_rounds_before_it_quantizes(dtype, act_bits):
+    backend = check(Attend(act_bits=act_bits).to(dtype), *qkv(2, 3, 7, 16, dtype=dtype), attention="flash")
+    assert backend.fuse.hits["attention_quantize"] == 1 and backend.calls == {"attend_quantize": 1, "linear": 1}
+
+
+NO_CODES = {
+    "heads stay apart": {"merge": lambda y: y.flatten(1, 2).mT.reshape(2, 7, 48)},
+    "tokens and heads mixed": {"merge": lambda y: y.reshape(2, 7, 48)},
+    "two images in a row": {"merge": lambda y: y.transpose(1, 2).reshape(14, 48)},
+    "changed": {"merge": lambda y: y.transpose(1, 2).reshape(2, 7, 48) + 1},
+    "read": {"after": lambda y, x: y + x.mean()},
+    "groups": {"input_groups": [20, 28], "act_scale": [0.05] * 2, "act_zero_point": [3.0] * 2},
+    "a known first row": {"bos_output": noise(16)},
+}
+
+
+@pytest.mark.parametrize("options", NO_CODES.values(), ids=NO_CODES)
+def test_attention_that_gives_no_codes(options):
+    backend = check(Attend(**options), *qkv(2, 3, 7, 16), attention="flash")
+    assert backend.fuse.hits["attention"] == 1 and not backend.fuse.hits["attention_quantize"]
+
+
+def test_attention_of_two_readers_is_computed_once():
+    """Equal parameters share its codes; others need its output."""
+
+    class Model(Attend):
+        def __init__(self):
+            super().__init__()
+            self.other = static(nn.Linear(48, 16))
+
+        def forward(self, q, k, v):
+            y = self.merge(F.scaled_dot_product_attention(q, k, v))
+            return self.layer(y) + self.other(y)
+
+    model, hits = Model(), []
+    for group in (0, None):
+        model.layer.weight.act_group = model.other.weight.act_group = group
+        backend = check(model, *qkv(2, 3, 7, 16), attention="flash")
+        hits.append((backend.fuse.hits["attention_quantize"], backend.calls["attend"]))
+        torch._dynamo.reset()
+    assert hits == [(1, 0), (0, 1)]
 
 
 @pytest.mark.parametrize("attention", ["auto", None])
 def test_attention_on_a_cpu_is_torchs(block, attention):
     backend = check(block, *tokens(), attention=attention)
-    assert backend.calls["scaled_dot_product_attention"] == 2 and not backend.fuse.hits["attention"]
+    assert backend.calls["scaled_dot_product_attention"] == 2
+    assert not backend.fuse.hits["attention"] and not backend.fuse.hits["attention_quantize"]
 
 
 @pytest.mark.parametrize("device, hits", [("cuda", 1), ("cpu", 0)])
@@ -538,10 +611,6 @@ def test_attention_is_chosen_where_there_is_a_choice(device, hits):
     graph.output(node)
     fuse(graph)
     assert fuse.hits["attention"] == hits
-
-
-def qkv(*shape, seed=1) -> list[torch.Tensor]:
-    return [noise(*shape, seed=seed + i) for i in range(3)]
 
 
 ATTENTION = {
@@ -634,9 +703,10 @@ def unet():
     return unet.requires_grad_(False)
 
 
-def test_a_unet(unet):
+@pytest.mark.parametrize("attention, quantized", [(None, 0), ("flash", 2 * 11)])
+def test_a_unet(unet, attention, quantized):
     """11 transformer blocks, 10 resnets. Two products for 22 keys and values of the text, one for the time."""
-    fast, backend = compiled(unet)
+    fast, backend = compiled(unet, attention=attention)
     inputs = unet_inputs(batch=2)
     assert torch.equal(run_unet(fast, **inputs), run_unet(unet, **inputs))
     hits = backend.fuse.hits
@@ -648,8 +718,9 @@ def test_a_unet(unet):
         "layer_norm": 3 * 11,
         "geglu": 11,
         "geglu_product": 11,
+        "attention_quantize": quantized,
         "group_norm": 2 * 10 + 8 + 1 + 1,
-        "opaque": 34,
+        "opaque": 34 - quantized,
     }
 
 
@@ -657,7 +728,8 @@ class Stop(Exception):
     pass
 
 
-def test_sdxl():
+@pytest.mark.parametrize("attention, quantized", [(None, {}), ("mixdq", {"attention": 2 * 70})])
+def test_sdxl(attention, quantized):
     """The true architecture, without memory: 70 transformer blocks, 11 transformers, 17 resnets."""
     unet = original.make_unet(original.SDXL_CONFIG, device="meta").half()
     for layer in families.layers_of(unet).values():
@@ -665,7 +737,7 @@ def test_sdxl():
     for layers in families.siblings_of(unet):
         for layer in layers.values():
             layer.weight.act_group = 0
-    fuse = FuseQuantizers()
+    fuse = FuseQuantizers(backend=attention)
 
     def backend(gm, inputs):
         fuse(gm.graph)
@@ -681,6 +753,7 @@ def test_sdxl():
     with pytest.raises(Exception, match="Stop"):
         run_unet(torch.compile(unet, fullgraph=True, dynamic=False, backend=backend), **inputs)
     assert dict(fuse.hits) == {
+        **quantized,
         "no_ops": 541,
         "layers": 794,
         "share": 2 * 70 + 139 + 16,
@@ -689,8 +762,9 @@ def test_sdxl():
         "layer_norm": 3 * 70,
         "geglu": 70,
         "geglu_product": 70,
+        "attention_quantize": sum(quantized.values()),
         "group_norm": 2 * 17 + 11 + 1,
-        "opaque": 157,
+        "opaque": 157 - sum(quantized.values()),
     }
 
 

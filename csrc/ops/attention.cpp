@@ -1,7 +1,7 @@
-// The operator of the attention kernel. What it computes is said in mixdq_ao/attention.py.
+// The operators of the attention kernel. What they compute is said in mixdq_ao/attention.py.
 #include "attention.h"
 
-#include "ops/call.h"
+#include "ops/floats.h"
 
 namespace mixdq {
 namespace {
@@ -17,8 +17,8 @@ void set_strides(const Call& call, const View& v, const char* name, int64_t mult
   STD_TORCH_CHECK(fits, call.op(), ": each row of ", name, " must begin at a multiple of ", 2 * multiple, " bytes");
 }
 
-Tensor short_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  Call call("short_attention", q);
+// All but the output.
+Attention problem(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   View views[3] = {call.look(q, "q"), call.look(k, "k"), call.look(v, "v")};
   const View &vq = views[0], &vk = views[1], &vv = views[2];
   for (const View& view : views) {
@@ -34,19 +34,46 @@ Tensor short_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, dou
   STD_TORCH_CHECK(p.type != Float::f32, call.op(), ": q, k and v must be float16 or bfloat16");
   p.batch = int(vq.size[0]), p.heads = int(vq.size[1]), p.queries = int(vq.size[2]), p.keys = int(vk.size[2]);
   p.scale = float(scale);
-  Tensor out = torch::stable::empty_like(q);
-  View o = call.look(out, "the output");
-  if (o.numel() == 0) return out;
-  p.q = vq.data, p.k = vk.data, p.v = vv.data, p.out = o.data;
+  p.q = vq.data, p.k = vk.data, p.v = vv.data;
+  if (vq.numel() == 0) return p;
   set_strides(call, vq, "q", 8, p.q_stride);
   set_strides(call, vk, "k", 8, p.k_stride);
   set_strides(call, vv, "v", 8, p.v_stride);
+  return p;
+}
+
+Tensor short_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  Call call("short_attention", q);
+  Attention p = problem(call, q, k, v, scale);
+  Tensor out = torch::stable::empty_like(q);
+  View o = call.look(out, "the output");
+  if (o.numel() == 0) return out;
+  p.out = o.data;
   set_strides(call, o, "the output", 4, p.out_stride);
   call.check(attention(p, call.on()), "the kernel");
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mixdq_ao, CUDA, m) { m.impl("short_attention", TORCH_BOX(&short_attention_op)); }
+Tensor short_attention_quantize_op(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                   const Tensor& act_scale, const Tensor& act_zero_point, int64_t bits) {
+  Call call("short_attention_quantize", q);
+  Attention p = problem(call, q, k, v, scale);
+  int64_t channels = int64_t(p.heads) * kHeadChannels;
+  p.codes = static_codes(call, act_scale, act_zero_point, bits, {channels}, channels);
+  int64_t size[3] = {p.batch, p.queries, channels}, stride[3] = {p.queries * channels, channels, 1};
+  Tensor out = call.empty(size, stride, 3, dtypes().int8);
+  View o = call.look(out, "the output");
+  if (o.numel() == 0) return out;
+  p.out = o.data;
+  p.out_stride[0] = stride[0], p.out_stride[1] = kHeadChannels, p.out_stride[2] = channels;
+  call.check(attention(p, call.on()), "the kernel");
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixdq_ao, CUDA, m) {
+  m.impl("short_attention", TORCH_BOX(&short_attention_op));
+  m.impl("short_attention_quantize", TORCH_BOX(&short_attention_quantize_op));
+}
 
 }  // namespace
 }  // namespace mixdq
