@@ -34,11 +34,11 @@ MISTAKES = [
         "random_problems and sm90_128x128",
     ),
     Mistake(
-        "codes are spread before all warps have packed ones",
-        MATMUL,
-        r"FullBarrier::init\(sm.full\(i\), C::packed \? 4 : 2\)",
-        "FullBarrier::init(sm.full(i), C::packed ? 3 : 2)",
-        "random_problems and sm90_128x160_packed",
+        "a warp spreads a stage whose use before is not over",
+        "sm90/spread.cuh",
+        r"EmptyBarrier::wait\(sm.empty\(turn.stage\), turn.phase \^ 1\);\n",
+        "\n",
+        "random_problems and sm90_64x80_packed",
     ),
     Mistake(
         "spread codes are not fenced for the tensor cores",
