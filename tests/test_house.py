@@ -163,3 +163,11 @@ def test_paths_in_the_readme_exist():
     named = re.findall(r"`((?:mixdq_ao|csrc|tests|tutorials|benchmarks|third_party|\.ci)/[\w./-]*)`", text)
     missing = [path for path in {*linked, *named} if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_no_package_lies_in_the_repository():
+    """What was built or fetched for a run is easily added with everything else."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not [name for name in listed.splitlines() if re.search(r"\.(whl|so|cubin|tar\.gz|zip)$", name)]

@@ -2,8 +2,9 @@
 //
 // persistent: one block per multiprocessor walks over tiles. Two math warpgroups take turns (ping-pong: one multiplies
 //   while the other writes its tile) or share a tile (cooperative).
-// single: one tile per block, two blocks per multiprocessor, one math warpgroup. The reduction may be split over the
-//   blocks of a cluster, which add their int32 sums through each other's shared memory: exact, and no scratch memory.
+// single: one tile per block, one or two blocks per multiprocessor, one math warpgroup. The reduction may be split
+//   over the blocks of a cluster, which add their int32 sums through each other's shared memory: exact, and without
+//   scratch memory.
 // sharing: one tile per block. The blocks of a cluster have tiles of the same columns, and each brings a share of the
 //   weights to all of them: small problems are bound by what multiprocessors read of the L2 cache.
 //
