@@ -82,17 +82,6 @@ __device__ __forceinline__ uint32_t pair(float a, float b) {
   }
 }
 
-// exp2f() of the default options takes care of results that are denormal, which are 0 here.
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
 // Starts the copy of rows, those past `valid` as zeros. A thread keeps to one piece of every so manieth row.
 template <class T>
 __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int valid, T* to) {

@@ -80,6 +80,17 @@ __device__ __forceinline__ T from_float(float v) {
   return T(v);
 }
 
+// exp2f() of the default options takes care of results that are denormal, which are 0 here.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
 // One value of a run-time float type.
 __device__ __forceinline__ float load_float(const void* data, Float type, int64_t i) {
   if (type == Float::f16) return __half2float(static_cast<const __half*>(data)[i]);

@@ -19,35 +19,6 @@ struct Shares {
   }
 };
 
-// Sums about a pivot: that of one of the parts to be put together, so that little cancels.
-struct Sums {
-  float count = 0.f, first = 0.f, second = 0.f;
-
-  __device__ void add(float n, float mean, float deviations, float pivot) {
-    float d = mean - pivot;
-    count += n;
-    first += n * d;
-    second += n * d * d + deviations;
-  }
-  template <int kLanes>
-  __device__ void reduce() {
-    count = reduce_lanes<kLanes>(count, Add());
-    first = reduce_lanes<kLanes>(first, Add());
-    second = reduce_lanes<kLanes>(second, Add());
-  }
-  __device__ void reduce(int lanes) {
-    for (int o = lanes / 2; o > 0; o /= 2) {
-      count += __shfl_xor_sync(~0u, count, o);
-      first += __shfl_xor_sync(~0u, first, o);
-      second += __shfl_xor_sync(~0u, second, o);
-    }
-  }
-  __device__ float2 moments(float pivot) const {  // mean, and squared deviations from it
-    float shift = first / count;
-    return {pivot + shift, fmaxf(second - first * shift, 0.f)};
-  }
-};
-
 // Lanes of a warp that work on one group, where `threads` work on `groups`.
 __device__ __forceinline__ int lanes_of_group(int groups, int threads) {
   int lanes = 32;
@@ -254,7 +225,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
           f[k] = fmaf(f[k], scale[k], shift[k]);
           if (with_silu) f[k] = silu(f[k]);
         }
-        code = encode(f, e);
+        code = encode_rounded(f, e);
       }
       *reinterpret_cast<uint2*>(out + int64_t(q) * (slab.per_image * slab.channels)) = code;
     }

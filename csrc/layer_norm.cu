@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 template <class T, int kVectors, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? 128 : 512)
     layer_norm_rows(const T* x, Pixels pixels, uint32_t rows, int vectors, Norm norm, Codes codes, int8_t* out) {
-  __shared__ float shared[16];
+  __shared__ float4 shared[16];  // of each warp: count, mean, squared deviations
   wait_for_previous();
   let_next_start();
   uint32_t row = kWarp ? blockIdx.x * 4 + threadIdx.x / 32 : blockIdx.x;
@@ -24,27 +24,36 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
   if (kEarly && first < vectors) weights.load(norm, first * kVector);
   Encoder e = encoder(codes, 0);
 
-  float sum = 0.f;
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    float f[kVector];
-    raw[j].get(f);
-    sum += ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
-  }
-  sum = kWarp ? reduce_lanes(sum, Add()) : reduce_block(sum, shared, Add());
-  float count = float(vectors * kVector), mean = sum / count;
-  float squares = 0.f;
+  // The pivot is a mean of eight, of the first lane, which always has a vector.
+  Sums sums;
+  float f[kVector];
+  raw[0].get(f);
+  float pivot = ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
+  pivot = __shfl_sync(~0u, pivot * (1.f / kVector), 0);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (first + j * step >= vectors) break;
-    float f[kVector], s = 0.f;
     raw[j].get(f);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) s += (f[i] - mean) * (f[i] - mean);
-    squares += s;
+    sums.add(f, pivot);
   }
-  squares = kWarp ? reduce_lanes(squares, Add()) : reduce_block(squares, shared, Add());
-  float rstd = rsqrtf(squares / count + norm.eps);
+  sums.first = reduce_lanes(sums.first, Add());
+  sums.second = reduce_lanes(sums.second, Add());
+  int counted = kWarp ? vectors : 0;  // by this warp
+#pragma unroll
+  for (int j = 0; j < kVectors && !kWarp; ++j) {
+    counted += min(max(vectors - (int(threadIdx.x / 32 * 32) + j * step), 0), 32);
+  }
+  sums.count = float(counted * kVector);
+  float2 moments = sums.moments(pivot);
+  if (!kWarp) {
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = make_float4(sums.count, moments.x, moments.y, 0.f);
+    __syncthreads();
+    sums = Sums();
+    pivot = shared[0].y;
+    for (int i = 0; i < int(blockDim.x / 32); ++i) sums.add(shared[i].x, shared[i].y, shared[i].z, pivot);
+    moments = sums.moments(pivot);
+  }
+  float mean = moments.x, rstd = rsqrtf(__fdividef(moments.y, sums.count) + norm.eps);
 
   uint2* to = reinterpret_cast<uint2*>(out) + int64_t(row) * vectors;
 #pragma unroll
@@ -53,12 +62,12 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
     if (v >= vectors) break;
     if (!kEarly) weights.load(norm, v * kVector);
     if (codes.groups > 1) e = encoder(codes, group_of(codes, v * kVector));
-    float f[kVector], weight[kVector], bias[kVector];
+    float weight[kVector], bias[kVector];
     raw[j].get(f);
     weights.get(norm, weight, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) f[i] = (f[i] - mean) * rstd * weight[i] + bias[i];
-    to[v] = encode(f, e);
+    to[v] = encode_rounded(f, e);
   }
 }
 

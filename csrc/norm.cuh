@@ -1,8 +1,40 @@
-// Weight and bias of a norm, and other vectors whose type is known when they are loaded.
+// What the norms share: sums, and weights and biases, whose type is known when they are loaded.
 #pragma once
 #include "codes.cuh"
 
 namespace mixdq {
+
+// Sums about a pivot: a value, or the mean of some, of those that are summed, so that little cancels.
+struct Sums {
+  float count = 0.f, first = 0.f, second = 0.f;
+
+  __device__ void add(const float (&f)[kVector], float pivot) {  // all but the count
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float d = f[i] - pivot;
+      first += d;
+      second += d * d;
+    }
+  }
+  // n values of that mean, and the sum of their squared deviations from it.
+  __device__ void add(float n, float mean, float deviations, float pivot) {
+    float d = mean - pivot;
+    count += n;
+    first += n * d;
+    second += n * d * d + deviations;
+  }
+  __device__ void reduce(int lanes) {
+    for (int o = lanes / 2; o > 0; o /= 2) {
+      count += __shfl_xor_sync(~0u, count, o);
+      first += __shfl_xor_sync(~0u, first, o);
+      second += __shfl_xor_sync(~0u, second, o);
+    }
+  }
+  __device__ float2 moments(float pivot) const {  // mean, and squared deviations from it
+    float shift = __fdividef(first, count);
+    return {pivot + shift, fmaxf(second - first * shift, 0.f)};
+  }
+};
 
 // Eight values of a vector, as they lie in memory. They are converted apart from being loaded: a conversion in the branch of
 // its type would make all that is loaded after it wait.

@@ -599,6 +599,30 @@ def test_geglu_quantize():
         assert q.is_contiguous()
 
 
+def test_geglu_of_what_is_not_a_number_or_huge():
+    """Infinite gates are the limits, and what is then no number has the code of zero."""
+    values = torch.tensor([float(v) for v in ("nan", "inf", "-inf", "0", "-0.4", "3", "-200", "60000", "-60000")])
+    value, gate = (v.repeat_interleave(8).to(DEVICE) for v in torch.cartesian_prod(values, values).T)
+    static = (torch.tensor([0.1], device=DEVICE), torch.tensor([-7.0], device=DEVICE), 8)
+    for dtype in FLOATS:
+        x = torch.cat((value, gate)).to(dtype)[None]
+        q = ops.geglu_quantize(x, *static, [len(value)])
+        v, g = x.double().chunk(2, -1)
+        g = torch.where(g.isfinite(), F.gelu(g), g.nan_to_num(0.0, math.inf, 0.0))
+        check_codes(q, (v * g).nan_to_num(0.0, 1e9, -1e9), static, [len(value)], -1, dtype)
+
+
+def test_layer_norm_keeps_its_accuracy_far_from_zero():
+    """A channel far from the others, first in its row or not; a mean of a thousand deviations."""
+    for channels in (64, 640, 1280, 5120):
+        x = torch.randn(40, channels, device=DEVICE)
+        x[::3, 0], x[1::3, channels // 2] = 300.0, -300.0
+        x[::5] += 1000
+        static = (torch.tensor([0.02], device=DEVICE), torch.tensor([5.0], device=DEVICE), 8)
+        q = ops.layer_norm_quantize(x, None, None, 1e-5, *static, [channels])
+        check_codes(q, F.layer_norm(x.double(), (channels,)), static, [channels], -1, channels)
+
+
 GEGLU_KERNELS = [
     *(f"sm90_{tile}_geglu" for tile in ("128x160", "128x128", "64x160")),
     *(f"sm90_{tile}_packed_geglu" for tile in ("128x160", "64x160")),

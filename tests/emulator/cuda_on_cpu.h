@@ -84,12 +84,17 @@ inline void __syncthreads() { emulator::sync_block(); }
 inline void __syncwarp() { emulator::sync_warp(); }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int lanes) {
+T __shfl_sync(unsigned, T value, int lane) {
   static_assert(sizeof(T) == 4);
   T other;
-  std::memcpy(&other, emulator::exchange(&value, 4).words[threadIdx.x % 32 ^ lanes], 4);
+  std::memcpy(&other, emulator::exchange(&value, 4).words[lane & 31], 4);
   emulator::end_exchange();
   return other;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned all, T value, int lanes) {
+  return __shfl_sync(all, value, int(threadIdx.x) ^ lanes);
 }
 
 inline int __reduce_add_sync(unsigned, int value) {
