@@ -34,7 +34,7 @@ struct Pixels {
 
 // The one definition of a code; NaN and what overflows included.
 struct Encoder {
-  static constexpr float kShift = 12582912.f;  // 1.5 * 2^23: added to a small number, it leaves a whole one in the lowest bits
+  static constexpr float kShift = 12582912.f;  // 1.5 * 2^23: added to a number, it leaves a whole one in the lowest bits
 
   float scale, zero_point, low, high;
   float reciprocal;          // NaN where encode() must divide

@@ -30,7 +30,8 @@ struct Sums {
       second += __shfl_xor_sync(~0u, second, o);
     }
   }
-  __device__ float2 moments(float pivot) const {  // mean, and squared deviations from it
+  // Mean, and squared deviations from it.
+  __device__ float2 moments(float pivot) const {
     float shift = __fdividef(first, count);
     return {pivot + shift, fmaxf(second - first * shift, 0.f)};
   }

@@ -98,8 +98,9 @@ void new_priorities() {
   until_new_priorities = 200 + int(random_bits() % 20000);
   int of_group[8];
   for (int& p : of_group) p = int(random_bits() % 8) * 8;
+  const int apart = random_bits() % 4 ? 1 : 32;  // how far the blocks of a cluster may come apart
   for (Block& block : blocks) {
-    const int more = int(random_bits() % 4);
+    const int more = int(random_bits() % 4) * apart;
     for (size_t i = 0; i < block.warps.size(); ++i) {
       block.warps[i].priority = of_group[i / 4 % 8] + int(random_bits() % 6) + more;
     }

@@ -9,6 +9,8 @@ namespace cooperative_groups {
 
 struct Cluster {
   void sync() const { emulator::sync_cluster(); }
+  void barrier_arrive() const {}
+  void barrier_wait() const { emulator::sync_cluster(); }
   template <class T>
   T* map_shared_rank(T* data, unsigned rank) const {
     return static_cast<T*>(emulator::of_rank(data, rank));
