@@ -1,10 +1,12 @@
 """What the GPU benchmarks decide without a GPU: shapes, candidates, the table of kernels, sums."""
 
+import gzip
 import json
 import os
 import sys
 import time
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,12 +23,14 @@ from mixdq_ao import cli
 from mixdq_ao.bench.results import Results, Row, Settings
 from mixdq_ao.bench.timing import Times
 from mixdq_ao.bench.variants import parse_variants
+from mixdq_ao.errors import MixDQError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import attention
 import claims
 import gpu
 import kernels
+import replay
 import run_all
 import sdxl_shapes
 import sensitivity
@@ -445,3 +449,51 @@ the same on two GPUs, layers a second, >= 1.8 x, 1.5 x, no""",
 
 def test_the_committed_results_can_be_read():
     assert goals(claims.RESULTS)
+
+
+def test_a_replay_adds_up(tmp_path):
+    """Two kernels that overlap, a pause, a memset, then the first again: own times and the pause are the whole."""
+    matmul = "void mixdq::(anonymous namespace)::matmul<mixdq::Config<64, 80>, (mixdq::Float)1>(mixdq::Params)"
+    events = [
+        {"cat": "kernel", "name": matmul, "ts": 100.0, "dur": 8.0, "args": {"grid": [66, 2, 1]}},
+        {"cat": "kernel", "name": "quantize(float*)", "ts": 106.0, "dur": 4.0, "args": {"grid": [10, 1, 1]}},
+        {"cat": "kernel", "name": "inside(float*)", "ts": 107.0, "dur": 1.0, "args": {"grid": [1, 1, 1]}},
+        {"cat": "gpu_memset", "name": "Memset (Device)", "ts": 112.0, "dur": 1.0, "args": {}},
+        {"cat": "kernel", "name": matmul, "ts": 113.0, "dur": 7.0, "args": {"grid": [33, 1, 1]}},
+        {"cat": "cpu_op", "name": "aten::add", "ts": 90.0, "dur": 50.0},
+    ]
+    path = tmp_path / "w8a8.graph.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events[::-1]}, file)
+    found, took, idle = replay.add_up(replay.read_events(path))
+    assert (took, idle) == (20.0, 2.0) and sum(k.own for k in found) + idle == took
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(replay.show(replay.by_name(found), took, idle, most=2))
+    console.print(replay.show(found, took, idle, most=40))
+    text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    assert_expected_inline(
+        text,
+        """\
+                                    0.020 ms, 5 launches, nothing ran for 0.002 ms
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━┓
+┃ kernel                                                ┃ blocks ┃ launches ┃ own ms ┃ of all ┃ own us each ┃ us each ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━┩
+│ mixdq::matmul<mixdq::Config<64, 80>, (mixdq::Float)1> │        │        2 │  0.015 │ 75.0 % │        7.50 │    7.50 │
+│ quantize                                              │        │        1 │  0.002 │ 10.0 % │        2.00 │    4.00 │
+│ 2 more                                                │        │        2 │  0.001 │  5.0 % │             │         │
+└───────────────────────────────────────────────────────┴────────┴──────────┴────────┴────────┴─────────────┴─────────┘
+                                    0.020 ms, 5 launches, nothing ran for 0.002 ms
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━┓
+┃ kernel                                                ┃ blocks ┃ launches ┃ own ms ┃ of all ┃ own us each ┃ us each ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━┩
+│ mixdq::matmul<mixdq::Config<64, 80>, (mixdq::Float)1> │    132 │        1 │  0.008 │ 40.0 % │        8.00 │    8.00 │
+│ mixdq::matmul<mixdq::Config<64, 80>, (mixdq::Float)1> │     33 │        1 │  0.007 │ 35.0 % │        7.00 │    7.00 │
+│ quantize                                              │     10 │        1 │  0.002 │ 10.0 % │        2.00 │    4.00 │
+│ Memset                                                │        │        1 │  0.001 │  5.0 % │        1.00 │    1.00 │
+│ inside                                                │      1 │        1 │  0.000 │  0.0 % │        0.00 │    1.00 │
+└───────────────────────────────────────────────────────┴────────┴──────────┴────────┴────────┴─────────────┴─────────┘""",
+    )
+    for content in (b"", b"{}", gzip.compress(b"[]"), gzip.compress(b"{")[:-4]):
+        path.write_bytes(content)
+        with pytest.raises(MixDQError, match=r"w8a8.graph.json.gz: cannot be read as a trace"):
+            replay.read_events(path)

@@ -89,7 +89,8 @@ def run_bench(
             A script that asks for several needs a main guard
         compile_limit: seconds; a variant that needs more for a batch size becomes a row that says so
         out: a JSON file, written after each variant; ``resume`` keeps the rows that it has
-        profile: a folder for a trace of one step of each variant, and for what nsys and ncu say where they are
+        profile: a folder for traces of one step of each variant (a call, and on a GPU a replay of its CUDA graph, where
+            no kernel waits for the host), and for what nsys and ncu say where they are
         memory_snapshot: a pickle of CUDA's allocations, one for each variant, for the first batch size
         progress: a bar on stderr; None: if that is a terminal, and else a line for each row
 
@@ -372,6 +373,8 @@ class _Bench:
             graph, output = timing.capture(call)
             with tracing.marked(f"{name}, graph", device):
                 times = timing.time_replays(graph, s.repeats, s.warmup)
+            if self.profile and first:
+                tracing.write_trace(graph.replay, self.profile / f"{variant.name}.graph.json.gz", device)
         found["latency"] = times
         return found | agreement(prepared.outputs.get(batch), output.float().cpu())
 

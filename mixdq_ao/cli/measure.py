@@ -93,7 +93,7 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that OUT has.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     profile: Annotated[
-        Path | None, typer.Option(help="Folder for a trace of one step of each variant; calls nsys and ncu if there.")
+        Path | None, typer.Option(help="Folder for traces of one step of each variant; calls nsys and ncu if there.")
     ] = None,
     memory_snapshot: Annotated[
         Path | None, typer.Option(help="Pickle of CUDA's allocations; a variant's name is put before the suffix.")
