@@ -26,6 +26,7 @@ ROW = re.compile(r'\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), "(\w+)", (\d+)\},
 # In this order, so that what is left out when time runs short is the least common.
 SIZES = [(pixels, batch) for batch in (1, 2, 4, 8) for pixels in (512, 1024, 768)]
 BITS = (8, 4)
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 # A choice is (kernel, splits); a key is what the library looks a shape up by: m, n, k, taps, bits.
 Choice = tuple[str, int]
@@ -45,8 +46,16 @@ def problems() -> dict[Key, set[Layer]]:
 def candidates(layer: Layer, bits: int, sm90: bool) -> list[Choice]:
     names = [k for k in KERNELS if sm90 or not k.name.startswith("sm90")]
     able = [(k.name, splits) for k in names for splits in k.splits(layer, bits)]
-    # Where anything else can do it, `direct` is many times slower: not worth its time.
-    return [c for c in able if c[0] != "direct"] or able
+    # Not worth their time: `direct`, many times slower than anything else; large tiles in one part, which persistent
+    # kernels do as well, or in more than the GPU has multiprocessors for.
+    return [c for c in able if c[0] != "direct" and (not c[0].endswith("_split") or fills_a_wave(*c, layer))] or able
+
+
+def fills_a_wave(name: str, splits: int, layer: Layer) -> bool:
+    """Whether a kernel of that tile has a block for half of the multiprocessors or more, and none that waits."""
+    rows, columns = (int(v) for v in re.search(r"(\d+)x(\d+)", name).groups())
+    blocks = -(-layer.m // rows) * -(-layer.columns // columns) * splits
+    return splits > 1 and MULTIPROCESSORS / 2 <= blocks <= MULTIPROCESSORS
 
 
 def fastest(

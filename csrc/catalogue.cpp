@@ -87,7 +87,7 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
     if (family != kernel.family || kernel.sharing || !why_not(kernel, p, arch).empty()) continue;
     int64_t steps = p.taps() * ceil_div(p.x.channels, kStep);
     // A part should have some steps to itself, or handing over the sums costs more than it saves.
-    for (int splits = 1; splits <= kernel.max_splits; splits *= 2) {
+    for (int splits = 1; splits <= kernel.max_splits; ++splits) {
       if (splits > 1 && steps < 2 * splits) break;
       double cycles = estimate(kernel, p, splits, sm_count);
       if (best.kernel < 0 || cycles < least) best = {i, splits, false}, least = cycles;
@@ -162,10 +162,12 @@ struct FactsHash {
   }
 };
 
-// Splits as the kernel takes them: a power of two, at most its largest.
+// Splits as the kernel takes them: at most its largest; those that share weights divide a tile into powers of two.
 int allowed_splits(const Kernel& kernel, int wanted) {
+  const int most = std::clamp(wanted, 1, kernel.max_splits);
+  if (!kernel.sharing) return most;
   int splits = 1;
-  while (splits * 2 <= std::min(wanted, kernel.max_splits)) splits *= 2;
+  while (splits * 2 <= most) splits *= 2;
   return splits;
 }
 
@@ -231,6 +233,8 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x64", "sm90", 128, 64, 1, 8, false},
       {"sm90_64x64", "sm90", 64, 64, 1, 8, false},
       {"sm90_128x16", "sm90", 128, 16, 1, 8, false},
+      {"sm90_128x128_split", "sm90", 128, 128, 2, 8, false},
+      {"sm90_128x160_split", "sm90", 128, 160, 2, 8, false},
       {"sm90_64x64_sharing", "sm90", 64, 64, 1, 4, false, false, true},
       {"sm90_64x160_sharing", "sm90", 64, 160, 1, 4, false, false, true},
       {"sm90_128x160_sharing", "sm90", 128, 160, 2, 4, false, false, true},

@@ -182,6 +182,13 @@ MISTAKES = [
         "share_a_row",
     ),
     Mistake(
+        "the second group of a split tile writes its sums over the first one's",
+        MATMUL,
+        r"sm.sums\(\) \+ \(row0 \+ ",
+        "sm.sums() + (",
+        "random_problems and sm90_128x128_split",
+    ),
+    Mistake(
         "shares of a cluster are read before its other blocks have them",
         "group_norm.cu",
         r"cluster.sync\(\);",

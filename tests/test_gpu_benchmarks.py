@@ -143,6 +143,8 @@ def test_every_problem_has_candidates():
     assert {c[0] for c in tune.candidates(Conv(1, 64, 4, 320, 3), 8, True)} == {"direct"}
     splits = {s for name, s in tune.candidates(Linear(256, 640, 640), 8, True) if name == "sm90_64x64"}
     assert splits == {1, 2, 4}
+    found = tune.candidates(Linear(256, 1280, 5120), 8, True)
+    assert {c for c in found if c[0] == "sm90_128x128_split"} == {("sm90_128x128_split", s) for s in (4, 5, 6)}
 
 
 def test_only_what_comes_near_the_best_is_timed_again():

@@ -322,15 +322,17 @@ __device__ __forceinline__ void write_tile(const Params& p, const Tile& t, const
 }
 
 // Outputs of a tile whose reduction was split: its sums lie in the shared memory of the blocks of the cluster, and each
-// block adds up and writes its share of the rows.
+// block adds up and writes its share of the vectors.
 template <class C>
 __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& sm, const Tile& t, int rank) {
   namespace cg = cooperative_groups;
   const Columns<C> columns(sm.vectors(0));
-  const int columns_left = p.weights[t.weight].n - t.n0, share = C::kTileM / p.splits;
+  constexpr int kRow = C::kTileN / 8, kAll = C::kTileM * kRow;  // vectors
+  constexpr int kParts = 4;                                     // of a sum that are under way at a time
+  const int columns_left = p.weights[t.weight].n - t.n0;
   const int64_t column = p.column[t.weight] + t.n0;
-  for (int v = threadIdx.x; v < share * (C::kTileN / 8); v += C::kThreads) {
-    const int row = rank * share + v / (C::kTileN / 8), c = v % (C::kTileN / 8) * 8;
+  for (int v = kAll * rank / p.splits + threadIdx.x; v < kAll * (rank + 1) / p.splits; v += C::kThreads) {
+    const int row = v / kRow, c = v % kRow * 8;
     const int64_t m = int64_t(t.m0) + row;
     if (m >= p.m || c >= columns_left) continue;
     const int64_t at = m * p.out_stride + column + c, from = residual_row(p, m) + column + c;
@@ -340,16 +342,17 @@ __device__ __forceinline__ void write_shared(const Params& p, const Shared<C>& s
     if (halves) residual = load8(static_cast<const uint16_t*>(p.residual) + from, count, p.residual_aligned);
     using Sum = typename C::Math::Sum;
     Sum sums[8] = {};
-    for (int block = 0; block < p.splits; block += 2) {  // there is an even number of them
-      alignas(16) Sum parts[2][8];
+    for (int block = 0; block < p.splits; block += kParts) {
+      alignas(16) Sum parts[kParts][8] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kParts; ++i) {
+        if (block + i >= p.splits) break;
         const Sum* theirs = cg::this_cluster().map_shared_rank(sm.sums() + row * C::kSumsRow + c, block + i);
         reinterpret_cast<uint4*>(parts[i])[0] = reinterpret_cast<const uint4*>(theirs)[0];
         reinterpret_cast<uint4*>(parts[i])[1] = reinterpret_cast<const uint4*>(theirs)[1];
       }
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sums[e] += parts[0][e] + parts[1][e];
+      for (int e = 0; e < 8; ++e) sums[e] += (parts[0][e] + parts[1][e]) + (parts[2][e] + parts[3][e]);
     }
     const Row of_row = row_of(p, m);
     float y[8];

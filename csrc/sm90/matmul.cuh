@@ -2,9 +2,9 @@
 //
 // persistent: one block per multiprocessor walks over tiles. Two math warpgroups take turns (ping-pong: one multiplies
 //   while the other writes its tile) or share a tile (cooperative).
-// single: one tile per block, one or two blocks per multiprocessor, one math warpgroup. The reduction may be split
-//   over the blocks of a cluster, which add their int32 sums through each other's shared memory: exact, and without
-//   scratch memory.
+// single: one tile per block, one or two blocks per multiprocessor. The reduction may be split over the blocks of a
+//   cluster, which add their int32 sums through each other's shared memory: exact, and without scratch memory. Where
+//   there are few small tiles for many multiprocessors, large ones in many parts read less of the L2 cache.
 // sharing: one tile per block. The blocks of a cluster have tiles of the same columns, and each brings a share of the
 //   weights to all of them: small problems are bound by what multiprocessors read of the L2 cache.
 //
@@ -101,7 +101,8 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     for (int i = 0; i < C::kBlocksM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        auto* row = sm.sums() + (thread / 32 * C::kWarpRows + WarpTile<C>::row(lane / 4, i, h)) * C::kSumsRow + lane % 4 * 2;
+        const int in_warp = WarpTile<C>::row(lane / 4, i, h);
+        auto* row = sm.sums() + (row0 + thread / 32 * C::kWarpRows + in_warp) * C::kSumsRow + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < C::kTileN / 8; ++j) {
           Pair<typename C::Math::Sum> pair = {sums[i][j * 4 + h * 2], sums[i][j * 4 + h * 2 + 1]};
@@ -205,7 +206,7 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   if (C::kSharing) {
     p.tiles_m = (p.tiles_m + splits - 1) / splits * splits;
   } else {
-    while (splits > p.k_tiles) splits /= 2;  // every block multiplies something
+    if (splits > p.k_tiles) splits = p.k_tiles;  // every block multiplies something
   }
   p.splits = splits;
   p.packed_tile = C::kTileK * problem.bits / 8;

@@ -31,13 +31,15 @@ struct Config {
   static constexpr int kTileOut = kGeglu ? TileN / 2 : TileN;
   static constexpr bool kSharing = turns == Turns::sharing;
   static constexpr bool kOneTile = turns == Turns::single || kSharing;  // of a block
-  static constexpr int kMathGroups = turns == Turns::single ? 1 : kSharing ? TileM / 64 : 2;
+  // A large tile that is split has a group for each 64 rows, as many threads as can to write and add up its sums.
+  static constexpr bool kLarge = TileM * TileN > 128 * 64;
+  static constexpr int kMathGroups = turns == Turns::single && !kLarge ? 1 : kOneTile ? TileM / 64 : 2;
   static constexpr int kThreads = kGroup * (kMathGroups + 1);
   // Packed weights are a while under way, first from memory and then through the warps that spread them: that takes more
   // stages than fit twice.
-  static constexpr int kBlocksPerSm = kOneTile && !packed && TileM * TileN <= 128 * 64 ? 2 : 1;
+  static constexpr int kBlocksPerSm = kOneTile && !packed && !kLarge ? 2 : 1;
   // Rows of one math group, in blocks of the 64 that an instruction takes.
-  static constexpr int kBlocksM = (turns == Turns::cooperative ? TileM / 2 : kSharing ? 64 : TileM) / 64;
+  static constexpr int kBlocksM = (turns == Turns::ping_pong ? TileM : TileM / kMathGroups) / 64;
 
   static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
   static constexpr int kInputBytes = TileM * kRowBytes;
