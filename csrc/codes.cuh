@@ -127,6 +127,13 @@ __device__ __forceinline__ Encoder encoder(const Codes& codes, int group) {
   return Encoder(codes.scale[group], codes.zero_point[group], codes.bits);
 }
 
+// Before the wait for the kernel ahead.
+__device__ __forceinline__ void prefetch(const Codes& codes) {
+  if (blockIdx.x || threadIdx.x) return;
+  prefetch(codes.scale);
+  prefetch(codes.zero_point);
+}
+
 __device__ __forceinline__ Encoder encoder_of_channel(const Codes& codes, int channel) {
   return encoder(codes, codes.groups > 1 ? group_of(codes, channel) : 0);
 }

@@ -22,6 +22,14 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// Brings parameters near while the kernel ahead may still write them: to the L2 cache, where everybody sees that. A step's
+// weights have driven them out of it since they were last read.
+__device__ __forceinline__ void prefetch(const void* at) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 struct Grid {
   dim3 blocks, threads;
   int shared_bytes = 0;
@@ -121,14 +129,11 @@ __device__ __forceinline__ ChannelEpilogue channel_epilogue(const Weight& w, int
   return c;
 }
 
-// Brings the epilogue of a channel near. A kernel ahead may still write it: the L2 cache is where everybody sees that.
+// Brings the epilogue of a channel near.
 __device__ __forceinline__ void prefetch_epilogue(const Weight& w, int n) {
-#ifdef __CUDA_ARCH__
-  auto prefetch = [](const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
   prefetch(w.alpha + n);
   if (w.beta) prefetch(w.beta + n);
   if (w.bias) prefetch(static_cast<const char*>(w.bias) + n * (w.bias_type == Float::f32 ? 4 : 2));
-#endif
 }
 
 // The epilogue in float32, before the residual; row_scale and row_zero_point only count where the problem is dynamic.

@@ -9,6 +9,7 @@ constexpr int kThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     geglu_vectors(const T* x, Pixels pixels, Divider vectors, uint32_t total, Codes codes, int8_t* out) {
+  prefetch(codes);
   wait_for_previous();
   let_next_start();
   uint32_t i = blockIdx.x * kThreads + threadIdx.x, v;

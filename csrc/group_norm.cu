@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
     group_apply(const T* x, Pixels pixels, int out_pixels, int chunks, int chunk_pixels, Slab slab, Shares shares,
                 Norm norm, bool with_silu, Codes codes, int8_t* out) {
   __shared__ float2 moments[kSlabGroups];
+  prefetch(norm, codes, slab.per_image * slab.channels);
   wait_for_previous();
   let_next_start();
   int chunk = blockIdx.x % chunks, rest = blockIdx.x / chunks;
@@ -256,6 +257,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
   float2* own = reinterpret_cast<float2*>(shared + kSlabThreads);
   float2* moments = own + kSlabGroups;
   auto cluster = cooperative_groups::this_cluster();
+  prefetch(norm, codes, slab.per_image * slab.channels);
   wait_for_previous();
   let_next_start();
   int rank = blockIdx.x % shares.splits, rest = blockIdx.x / shares.splits;

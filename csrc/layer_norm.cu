@@ -10,6 +10,7 @@ template <class T, int kVectors, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? 128 : 512)
     layer_norm_rows(const T* x, Pixels pixels, uint32_t rows, int vectors, Norm norm, Codes codes, int8_t* out) {
   __shared__ float4 shared[16];  // of each warp: count, mean, squared deviations
+  prefetch(norm, codes, vectors * kVector);
   wait_for_previous();
   let_next_start();
   uint32_t row = kWarp ? blockIdx.x * 4 + threadIdx.x / 32 : blockIdx.x;
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kWarp ? 128 : 512)
 // Any layout: a block reads its row three times.
 __global__ void __launch_bounds__(kThreads) layer_norm_any(Floats x, Norm norm, Codes codes, int8_t* out) {
   __shared__ float shared[kThreads / 32];
+  prefetch(norm, codes, int(x.size[3]));
   wait_for_previous();
   let_next_start();
   int64_t row = blockIdx.x, line = row / x.size[2], image = line / x.size[1];

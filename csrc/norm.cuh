@@ -77,6 +77,18 @@ struct NormWeights {
   }
 };
 
+// Before the wait for the kernel ahead.
+__device__ __forceinline__ void prefetch(const Norm& norm, const Codes& codes, int channels) {
+  constexpr int kLine = 32;  // channels of 128 bytes, of float32 at least
+  prefetch(codes);
+  if (blockIdx.x) return;
+  const int bytes = norm.type == Float::f32 ? 4 : 2;
+  for (int c = threadIdx.x * kLine; c < channels; c += blockDim.x * kLine) {
+    if (norm.weight) prefetch(static_cast<const char*>(norm.weight) + c * bytes);
+    if (norm.bias) prefetch(static_cast<const char*>(norm.bias) + c * bytes);
+  }
+}
+
 __device__ __forceinline__ float weight_of(const void* data, Float type, int channel, float otherwise) {
   return data ? load_float(data, type, channel) : otherwise;
 }

@@ -11,6 +11,7 @@ constexpr int kThreads = 256;
 // Dense values in the order of the codes, one group, no border: where channels begin does not matter.
 template <class T, int kUnroll>
 __global__ void __launch_bounds__(kThreads) quantize_flat(const T* x, int64_t count, Codes codes, int8_t* out) {
+  prefetch(codes);
   wait_for_previous();
   let_next_start();
   int64_t vectors = count / kVector, first = int64_t(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
@@ -35,6 +36,7 @@ __global__ void __launch_bounds__(kThreads) quantize_flat(const T* x, int64_t co
 template <class T, int kUnroll>
 __global__ void __launch_bounds__(kThreads)
     quantize_vectors(const T* x, Pixels pixels, Divider vectors, uint32_t total, Codes codes, int8_t* out) {
+  prefetch(codes);
   wait_for_previous();
   let_next_start();
   uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
@@ -109,6 +111,7 @@ __device__ __forceinline__ void turn(uint32_t a, uint32_t b, uint32_t c, uint32_
 template <class T>
 __global__ void __launch_bounds__(128) quantize_planes(const T* x, Planes g, Codes codes, int8_t* out) {
   __shared__ uint32_t tile[kTile][kTile / 4 + 1];
+  prefetch(codes);
   wait_for_previous();
   let_next_start();
   bool border = int(blockIdx.x) >= g.pixel_tiles;
@@ -189,6 +192,7 @@ __global__ void __launch_bounds__(128) quantize_planes(const T* x, Planes g, Cod
 // --- quantize: any layout --------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) quantize_any(Floats x, Codes codes, Pad pad, int64_t total, int8_t* out) {
+  prefetch(codes);
   wait_for_previous();
   let_next_start();
   int64_t width = x.size[2] + pad.left + pad.right, height = x.size[1] + pad.top + pad.bottom;
