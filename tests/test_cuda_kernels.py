@@ -514,8 +514,6 @@ def draw_static(rng: random.Random, groups: list[int]):
     bits = rng.choice((8, 8, 4))
     scale = torch.tensor([rng.uniform(0.5, 2) * 4 / 2**bits for _ in groups], device=DEVICE)
     zero = torch.tensor([float(rng.randint(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) for _ in groups], device=DEVICE)
-    if rng.random() < 0.1:
-        zero += 0.4  # nobody asks for that, but a code has a definition
     return scale, zero, bits
 
 
