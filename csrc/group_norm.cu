@@ -173,7 +173,7 @@ __device__ __forceinline__ void normalize(const T* x, const Pixels& pixels, cons
   load();
   NormWeights weights;
   if (p < end) weights.load(norm, channel);
-  Encoder e = encoder_of_channel(codes, min(channel, channels - 1));
+  Encoder e = encoder_of_channel(codes, channel);
 
   const float2* of_groups = moments();
   if (p >= end) return;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) group_shares(const T* x, Pixe
   int begin = split * shares.split_pixels, end = min(begin + shares.split_pixels, shares.pixels);
   int first = image * shares.groups + s * (slab.channels / shares.group_channels);
   compute_shares(x + image * pixels.stride_n + s * slab.channels, pixels, slab, shares.group_channels, begin, end, sums,
-              [&](int g, float2 share) { shares.data[int64_t(first + g) * shares.splits + split] = share; });
+                 [&](int g, float2 share) { shares.data[int64_t(first + g) * shares.splits + split] = share; });
 }
 
 template <class T>
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
   x += image * in.stride_n;
   int begin = rank * shares.split_pixels, end = min(begin + shares.split_pixels, shares.pixels);
   compute_shares(x + s * slab.channels, in, slab, size, begin, end, shared,
-              [&](int g, float2 share) { own[g] = share; });
+                 [&](int g, float2 share) { own[g] = share; });
   begin = min(rank * chunk_pixels, out_pixels), end = min(begin + chunk_pixels, out_pixels);
   normalize(x, padded, slab, s, size, begin, end, norm, with_silu, codes,
             out + int64_t(image) * out_pixels * (slab.per_image * slab.channels), [&] {

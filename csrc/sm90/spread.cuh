@@ -107,13 +107,11 @@ __device__ void spread_bits(const Shared<C>& sm, int warp, int steps) {
 // By one of kSpreaders warps, for all steps of all tiles.
 template <class C>
 __device__ __forceinline__ void spread(const Params& p, const Shared<C>& sm, int warp, int steps) {
-  if (C::Math::kBytes == 2 && p.shift == 0) {
-    if constexpr (C::Math::kBytes == 2) spread_bits<C, 8>(sm, warp, steps);
-  } else if (p.shift == 4) {
-    spread_bits<C, 4>(sm, warp, steps);
-  } else {
-    spread_bits<C, 2>(sm, warp, steps);
+  if constexpr (C::Math::kBytes == 2) {
+    if (p.shift == 0) return spread_bits<C, 8>(sm, warp, steps);
   }
+  if (p.shift == 4) return spread_bits<C, 4>(sm, warp, steps);
+  spread_bits<C, 2>(sm, warp, steps);
 }
 
 }  // namespace mixdq::sm90
