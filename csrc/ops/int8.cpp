@@ -18,7 +18,7 @@ Tensor linear_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
   Tensor out = call.empty_rows(view, p.n(), dtype_of(type));
   View v = call.look(out, "the output");
   set_out(p, v, type, p.n());
-  add_row_residual(call, p, residual, v, groups);
+  add_row_residual(call, p, residual, v);
   multiply(call, p, groups);
   return out;
 }

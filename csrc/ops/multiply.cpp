@@ -120,7 +120,7 @@ Tensor convolve(Call& call, Matmul& p, const Ints& groups, Float type, const Opt
   Tensor out = call.empty_image(p.x.batch, p.n(), p.out_h, p.out_w, dtype_of(type));
   View v = call.look(out, "the output");
   set_out(p, v, type, p.n());
-  add_image_residual(call, p, residual, v, groups);
+  add_image_residual(call, p, residual, v);
   multiply(call, p, groups);
   return out;
 }

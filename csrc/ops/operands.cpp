@@ -24,14 +24,6 @@ bool channels_last(const View& v, const int64_t stride[3]) {
   return (v.size[1] == 1 || v.stride[1] == 1) && stride[2] >= v.size[1] && stride[1] > 0 && stride[0] > 0;
 }
 
-// Kernels add residuals of the output's dtype or float32; the partial sums of several groups are float32.
-Tensor readable_residual(const Call& call, const Matmul& p, const Tensor& residual, const Ints& groups) {
-  int32_t dtype = call.look(residual, "residual").dtype;
-  Float type = call.float_type(dtype, "residual");
-  if (type == Float::f32 || (type == p.out_type && groups.size() == 1)) return residual;
-  return torch::stable::to(residual, ScalarType::Float);
-}
-
 void set_residual(const Call& call, Matmul& p, const View& v, int64_t stride) {
   p.residual = v.data;
   p.residual_type = call.float_type(v.dtype, "residual");
@@ -147,9 +139,9 @@ void set_out(Matmul& p, const View& out, Float type, int64_t columns) {
   p.out_stride = columns;
 }
 
-void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups) {
+void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out) {
   if (!residual) return;
-  Tensor t = readable_residual(call, p, *residual, groups);
+  const Tensor& t = *residual;
   View v = call.keep(t, "residual");
   check_residual(call, v, out);
   Rows rows = merged_rows(v);
@@ -160,9 +152,9 @@ void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, con
   set_residual(call, p, v, rows.stride[2]);
 }
 
-void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups) {
+void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out) {
   if (!residual) return;
-  Tensor t = readable_residual(call, p, *residual, groups);
+  const Tensor& t = *residual;
   View v = call.keep(t, "residual");
   bool one_row = v.dims == 4 && v.size[2] * v.size[3] == 1;
   one_row = one_row && v.size[0] == out.size[0] && v.size[1] == out.size[1];

@@ -26,10 +26,10 @@ Weight static_weight(Call& call, const Tensor& qdata, const Tensor& alpha, const
 void set_out(Matmul& p, const View& out, Float type, int64_t columns);
 
 // A linear layer's residual [..., n].
-void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups);
+void add_row_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out);
 
 // A convolution's residual [batch, n, height, width], or [batch, n, 1, 1] for all pixels of an image.
-void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out, const Ints& groups);
+void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, const View& out);
 
 Matmul row_problem(const Image& x, int64_t bits);
 

@@ -245,16 +245,86 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
   if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
 }
 
-// What bulk copies cannot do: float32 outputs, rows that are not aligned, float32 residuals. Short code, by way of the
-// buffers.
+// Four values of any type, from and to places that are aligned for it.
+__device__ __forceinline__ float4 load4(const void* from, Float type, int64_t at) {
+  if (type == Float::f32) return *reinterpret_cast<const float4*>(static_cast<const float*>(from) + at);
+  const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at);
+  const float2 low = unpack2(type, pairs.x), high = unpack2(type, pairs.y);
+  return {low.x, low.y, high.x, high.y};
+}
+
+__device__ __forceinline__ void store4(void* to, Float type, int64_t at, float4 v) {
+  if (type == Float::f32) {
+    __stwb(reinterpret_cast<float4*>(static_cast<float*>(to) + at), v);
+  } else {
+    __stwb(reinterpret_cast<uint2*>(static_cast<uint16_t*>(to) + at), uint2{pack2(type, v.x, v.y), pack2(type, v.z, v.w)});
+  }
+}
+
+// Some columns of a warp's rows as float32, in its buffers.
+template <class C>
+struct Values {
+  static constexpr int kColumns = C::kChunk * C::kBuffers / 2;
+  static constexpr int kQuads = kColumns / 4, kEach = C::kWarpRows * kQuads / 32;  // of a row, and of a lane
+  static_assert(C::kWarpRows * kQuads % 32 == 0);
+  float* memory;
+
+  // Rows that would begin in the same bank are shifted by eights, so that four of them are written without conflict.
+  __device__ __forceinline__ float* at(int row, int c) const {
+    constexpr int kShifts = kColumns % 32 == 0 ? 3 : kColumns == 16 ? 1 : 0;
+    return memory + row * kColumns + (c ^ (row * kColumns / 32 & kShifts) * 8);
+  }
+
+  // To the output, from column c0 on, with the residual, of which several are on their way at a time.
+  __device__ __forceinline__ void write(const Params& p, const WarpTile<C>& tile, int c0) const {
+    constexpr int kAtOnce = 4;
+#pragma unroll
+    for (int first = 0; first < kEach; first += kAtOnce) {
+      float4 y[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce && first + i < kEach; ++i) {
+        const int v = (first + i) * 32 + tile.lane, c = v % kQuads * 4;
+        const int64_t m = int64_t(tile.row0) + v / kQuads;
+        y[i] = {0.f, 0.f, 0.f, 0.f};
+        if (p.residual && m < p.m && c0 + c < tile.columns) {
+          y[i] = load4(p.residual, p.residual_type, residual_row(p, m) + tile.column + c0 + c);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce && first + i < kEach; ++i) {
+        const int v = (first + i) * 32 + tile.lane, c = v % kQuads * 4;
+        const int64_t m = int64_t(tile.row0) + v / kQuads;
+        if (m >= p.m || c0 + c >= tile.columns) continue;
+        const float4 x = *reinterpret_cast<const float4*>(at(v / kQuads, c));
+        y[i] = {x.x + y[i].x, x.y + y[i].y, x.z + y[i].z, x.w + y[i].w};
+        store4(p.out, p.out_type, m * p.out_stride + tile.column + c0 + c, y[i]);
+      }
+    }
+  }
+
+  // The same one by one, for whatever is not aligned.
+  __device__ __forceinline__ void write_each(const Params& p, const WarpTile<C>& tile, int c0) const {
+#pragma unroll 1
+    for (int v = tile.lane; v < C::kWarpRows * kColumns; v += 32) {
+      const int c = c0 + v % kColumns;
+      const int64_t m = int64_t(tile.row0) + v / kColumns;
+      if (m >= p.m || c >= tile.columns) continue;
+      float y = *at(v / kColumns, v % kColumns);
+      if (p.residual) y += load_float(p.residual, p.residual_type, residual_row(p, m) + tile.column + c);
+      store_float(p.out, p.out_type, m * p.out_stride + tile.column + c, y);
+    }
+  }
+};
+
+// What bulk copies cannot do: float32 outputs, rows that are not aligned, residuals of another type than the output's.
 template <class C, bool kDynamic>
 __device__ __forceinline__ void write_any(const Params& p, const WarpTile<C>& at, const Columns<C>& columns,
                                           const Sums<C>& sums, uint8_t* staging) {
-  constexpr int kColumns = C::kChunk * C::kBuffers / 2;  // of float32
-  auto* values = reinterpret_cast<float*>(staging);
+  const Values<C> values = {reinterpret_cast<float*>(staging)};
   const int lane = at.lane;
+  const bool vectors = p.out_aligned && (!p.residual || p.residual_aligned);
 #pragma unroll
-  for (int c0 = 0; c0 < C::kTileN; c0 += kColumns) {
+  for (int c0 = 0; c0 < C::kTileN; c0 += Values<C>::kColumns) {
     __syncwarp();  // all have read the columns before
 #pragma unroll
     for (int i = 0; i < C::kBlocksM; ++i) {
@@ -263,25 +333,21 @@ __device__ __forceinline__ void write_any(const Params& p, const WarpTile<C>& at
         Row row;
         if (kDynamic) row = row_of(p, at.m(i, h));
 #pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j) {
+        for (int j = 0; j < Values<C>::kColumns / 8; ++j) {
           const int c = j * 8 + lane % 4 * 2, from = (c0 / 8 + j) * 4 + h * 2;
           ChannelEpilogue channels[2];
           columns.pair(c0 + c, kDynamic, channels);
           float2 v = {finish<C>(p, sums[i][from], channels[0], kDynamic, row),
                       finish<C>(p, sums[i][from + 1], channels[1], kDynamic, row)};
-          *reinterpret_cast<float2*>(values + WarpTile<C>::row(lane / 4, i, h) * kColumns + c) = v;
+          *reinterpret_cast<float2*>(values.at(WarpTile<C>::row(lane / 4, i, h), c)) = v;
         }
       }
     }
     __syncwarp();
-#pragma unroll 1
-    for (int v = lane; v < C::kWarpRows * kColumns; v += 32) {
-      const int c = c0 + v % kColumns;
-      const int64_t m = int64_t(at.row0) + v / kColumns;
-      if (m >= p.m || c >= at.columns) continue;
-      float y = values[v];
-      if (p.residual) y += load_float(p.residual, p.residual_type, residual_row(p, m) + at.column + c);
-      store_float(p.out, p.out_type, m * p.out_stride + at.column + c, y);
+    if (vectors) {
+      values.write(p, at, c0);
+    } else {
+      values.write_each(p, at, c0);
     }
   }
 }

@@ -187,7 +187,7 @@ template <class C>
 cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   Params p = {};
   if (input_map(problem, C::kTileM, &p.input) != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  int column = 0, out_align = 0, element = problem.out_type == Float::f32 ? 4 : 2;
+  int column = 0, out_align = 0;
   for (int i = 0; i < problem.weight_count; ++i) {
     const Weight& w = problem.weights[i];
     const int rows = C::kSharing ? C::kTileN / splits : C::kTileOut;
@@ -222,12 +222,13 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.residual_rows = problem.residual_rows;
   p.out = problem.out, p.out_type = problem.out_type, p.out_stride = problem.out_stride;
   p.geglu = problem.geglu;
-  auto aligned = [&](const void* data, int64_t stride) {
-    return (reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * element) | uintptr_t(out_align * element)) % 16 == 0;
+  auto aligned = [&](const void* data, int64_t stride, Float type) {
+    const int bytes = type == Float::f32 ? 4 : 2;
+    return (reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * bytes) | uintptr_t(out_align * bytes)) % 16 == 0;
   };
-  p.out_aligned = aligned(p.out, p.out_stride);
-  p.residual_aligned = aligned(p.residual, p.residual_stride);
-  p.bulk_out = !C::kGeglu && element == 2 && p.out_aligned;
+  p.out_aligned = aligned(p.out, p.out_stride, p.out_type);
+  p.residual_aligned = aligned(p.residual, p.residual_stride, p.residual_type);
+  p.bulk_out = !C::kGeglu && p.out_type != Float::f32 && p.out_aligned;
   if (p.residual) p.bulk_out &= p.residual_aligned && p.residual_type == p.out_type;
   for (int i = 0; p.bulk_out && i < problem.weight_count; ++i) {
     if (out_map(problem, p.column[i], p.weights[i], C::kWarpRows, C::kChunk, &p.out_maps[i]) != CUDA_SUCCESS) {
