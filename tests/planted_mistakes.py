@@ -99,11 +99,24 @@ MISTAKES = [
     Mistake(
         "gates lie where the values are",
         "sm90/load.cuh",
-        r"sm.weight\(stage\) \+ C::kTileOut \* kRowBytes",
+        r"sm.weight\(stage\) \+ C::kTileOut \* row",
         "sm.weight(stage)",
         "geglu_in_the_product",
     ),
-    Mistake("a descriptor's stride", "sm90/wgmma.cuh", r"every \* 64", "every * 32", "random_problems and sm90_128x64"),
+    Mistake(
+        "a descriptor's stride",
+        "sm90/wgmma.cuh",
+        r"every \* kBytes / 2",
+        "every * 32",
+        "random_problems and sm90_128x64",
+    ),
+    Mistake(
+        "a half step's rows lie as far apart as those of a whole one",
+        "sm90/multiply.cuh",
+        r"row0 \* kBytes",
+        "row0 * kRowBytes",
+        "random_problems and sm90_64x160_sharing or random_problems and sm90_128x160_sharing",
+    ),
     Mistake(
         "the corner of a dilated window",
         "sm90/tensor_map.cu",

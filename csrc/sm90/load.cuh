@@ -8,17 +8,36 @@
 
 namespace mixdq::sm90 {
 
-// A step of the reduction: a block of the channels of one tap. Counted on, since there is no time to divide.
+// A step of the reduction: a block of the channels of one tap, or the tail of one tap's. Counted on, since there is no
+// time to divide.
 struct Step {
+  bool tail;
   int block, tap, r, s;
-  __device__ Step(const Params& p, int k)
-      : block(k % p.channel_blocks), tap(k / p.channel_blocks), r(tap / p.kernel_s), s(tap % p.kernel_s) {}
+  __device__ Step(const Params& p, int k) : tail(k >= p.whole_steps) {
+    tap = tail ? k - p.whole_steps : k / p.channel_blocks;
+    block = tail ? p.channel_blocks : k % p.channel_blocks;
+    r = tap / p.kernel_s, s = tap % p.kernel_s;
+  }
   __device__ __forceinline__ void next(const Params& p) {
-    if (++block < p.channel_blocks) return;
-    block = 0, ++tap;
+    if (!tail && ++block < p.channel_blocks) return;
+    if (++tap == p.taps && !tail) {
+      tail = true, tap = r = s = 0;
+      return;
+    }
+    block = tail ? p.channel_blocks : 0;
     if (++s == p.kernel_s) s = 0, ++r;
   }
 };
+
+template <class C>
+__device__ __forceinline__ int row_bytes(const Step& step) {
+  return C::kTails && step.tail ? kTailBytes : kRowBytes;
+}
+
+template <class C>
+__device__ __forceinline__ const CUtensorMap* weight_map_of(const Params& p, const Tile& t, const Step& step) {
+  return C::kTails && step.tail ? &p.weight_tail : &p.weight_maps[t.weight];
+}
 
 // The pixel of the input where the window of a tile's first output begins.
 struct Origin {
@@ -35,7 +54,7 @@ template <class C>
 __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm, int stage, const Tile& t,
                                             const Step& step) {
   constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  const void* map = &p.weight_maps[t.weight];
+  const CUtensorMap* map = weight_map_of<C>(p, t, step);
   if constexpr (C::packed) {
     FullBarrier::arrive_and_expect_tx(sm.packed_full(stage), C::kTileN * p.packed_tile);
     cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage), step.block * p.packed_tile,
@@ -45,17 +64,18 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
                                    step.block * p.packed_tile, step.tap, p.weights[t.weight].n / 2 + t.n0);
     }
   } else {
-    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kWeightBytes);
+    const int row = row_bytes<C>(step);
+    FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kTileN * row);
     if (C::kSharing && p.splits > 1) {  // each block of the cluster brings its share of the rows to all of them
       const int rank = blockIdx.x % p.splits, rows = C::kTileN / p.splits;
       cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, sm.full(stage), uint16_t((1 << p.splits) - 1), kKeep,
-                                             sm.weight(stage) + rank * rows * kRowBytes, step.block * kRowBytes,
+                                             sm.weight(stage) + rank * rows * row, step.block * kRowBytes,
                                              step.tap, t.n0 + rank * rows);
       return;
     }
     cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage), step.block * kRowBytes, step.tap, t.n0);
     if (C::kGeglu) {
-      cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage) + C::kTileOut * kRowBytes,
+      cute::SM90_TMA_LOAD_3D::copy(map, sm.full(stage), kKeep, sm.weight(stage) + C::kTileOut * row,
                                    step.block * kRowBytes, step.tap, p.weights[t.weight].n / 2 + t.n0);
     }
   }
@@ -64,14 +84,15 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
 template <class C>
 __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm, int stage, int m0, const Origin& from,
                                            const Step& step) {
-  FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kInputBytes);
+  const CUtensorMap* map = C::kTails && step.tail ? &p.input_tail : &p.input;
+  FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kTileM * row_bytes<C>(step));
   if (p.rows) {
     constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.full(stage), kKeep, sm.input(stage), step.block * kRowBytes, m0);
+    cute::SM90_TMA_LOAD_2D::copy(map, sm.full(stage), kKeep, sm.input(stage), step.block * kRowBytes, m0);
     return;
   }
   auto dy = uint16_t(step.r * p.dilation_h), dx = uint16_t(step.s * p.dilation_w);
-  cute::SM90_TMA_LOAD_IM2COL_4D::copy(&p.input, sm.full(stage), sm.input(stage), step.block * kRowBytes, from.x, from.y,
+  cute::SM90_TMA_LOAD_IM2COL_4D::copy(map, sm.full(stage), sm.input(stage), step.block * kRowBytes, from.x, from.y,
                                       from.image, dx, dy);
 }
 
@@ -83,10 +104,10 @@ __device__ __forceinline__ void prefetch_weights(const Params& p, const Tile& t,
   for (int i = 0; i < count; ++i, step.next(p)) {
     if (!C::kSharing && i % p.tiles_m != mine) continue;  // boxes of those that share are parts of the tile
     const int share = C::kSharing ? blockIdx.x % p.splits * C::kTileN / p.splits : 0;
-    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap, t.n0 + share);
+    const CUtensorMap* map = weight_map_of<C>(p, t, step);
+    cute::SM90_TMA_LOAD_3D::PREFETCH::copy(map, step.block * width, step.tap, t.n0 + share);
     if (C::kGeglu) {
-      cute::SM90_TMA_LOAD_3D::PREFETCH::copy(&p.weight_maps[t.weight], step.block * width, step.tap,
-                                             p.weights[t.weight].n / 2 + t.n0);
+      cute::SM90_TMA_LOAD_3D::PREFETCH::copy(map, step.block * width, step.tap, p.weights[t.weight].n / 2 + t.n0);
     }
   }
 }
@@ -103,7 +124,8 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
     prefetch_weights<C>(p, t, step, min(C::kStages, r.count - early));
   }
   if (kInputs) {
-    for (const CUtensorMap* map : {&p.input, &p.out_maps[t.weight]}) {
+    for (const CUtensorMap* map : {&p.input, &p.out_maps[t.weight], &p.input_tail, &p.weight_tail}) {
+      if (map == &p.input_tail && p.whole_steps == p.steps) break;
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
     wait_for_previous();

@@ -68,7 +68,7 @@ template <class C>
 __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm) {
   const int splits = C::kSharing ? 1 : p.splits;
   const int rank = blockIdx.x % splits, index = blockIdx.x / splits;
-  const Reduction r = {p.k_tiles * rank / splits, p.k_tiles * (rank + 1) / splits - p.k_tiles * rank / splits};
+  const Reduction r(p, p.steps * rank / splits, p.steps * (rank + 1) / splits);
   const int thread = threadIdx.x % kGroup, warp = cutlass::canonical_warp_idx_sync();
   const Tile t = locate<C>(p, index);
   const int group = C::kMathGroups == 1 ? 0 : warp / (kGroup / 32) - 1, row0 = group * C::kBlocksM * 64;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     if (kEarlyResiduals<C> && p.bulk_out && p.residual && splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
-    multiply(sm, turn, r.count, row0, sums, p.splits);
+    multiply(sm, turn, r, row0, sums, p.splits);
     loads.store(columns);
     cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
     if (splits == 1) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
 template <class C>
 __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>& sm) {
   const int tiles = p.tiles_m * p.tiles_n, stride = gridDim.x;
-  const Reduction r = {0, p.k_tiles};
+  const Reduction r(p, 0, p.steps);
   const int warp = cutlass::canonical_warp_idx_sync();
   if (warp < kGroup / 32) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
@@ -154,7 +154,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     Sums<C> sums;
     if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
-    multiply(sm, turn, r.count, row0, sums, 1, pass ? 1 - group : -1);
+    multiply(sm, turn, r, row0, sums, 1, pass ? 1 - group : -1);
     sync_group(group);  // every warp is done with the columns of the tile before
     loads.store(columns);
     sync_group(group);
@@ -186,12 +186,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) matmul(const __g
 template <class C>
 cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   Params p = {};
-  if (input_map(problem, C::kTileM, &p.input) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  if (input_map(problem, C::kTileM, kRowBytes, &p.input) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  const int box_rows = C::kSharing ? C::kTileN / splits : C::kTileOut;
   int column = 0, out_align = 0;
   for (int i = 0; i < problem.weight_count; ++i) {
     const Weight& w = problem.weights[i];
-    const int rows = C::kSharing ? C::kTileN / splits : C::kTileOut;
-    if (weight_map(problem, w, rows, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    if (weight_map(problem, w, box_rows, kRowBytes, &p.weight_maps[i]) != CUDA_SUCCESS) return cudaErrorInvalidValue;
     p.weights[i] = w;
     p.column[i] = column;
     column += w.n;
@@ -201,12 +201,20 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   }
   p.m = int(problem.m());
   p.tiles_m = (p.m + C::kTileM - 1) / C::kTileM;
-  p.channel_blocks = (problem.x.channels + C::kTileK - 1) / C::kTileK;
-  p.k_tiles = problem.taps() * p.channel_blocks;
+  const int beyond = problem.x.channels % C::kTileK;
+  const bool tails = C::kTails && problem.weight_count == 1 && beyond > 0 && beyond <= kTailBytes;
+  p.taps = problem.taps();
+  p.channel_blocks = problem.x.channels / C::kTileK + (beyond > 0 && !tails);
+  p.whole_steps = p.taps * p.channel_blocks;
+  p.steps = p.whole_steps + (tails ? p.taps : 0);
+  if (tails && (input_map(problem, C::kTileM, kTailBytes, &p.input_tail) != CUDA_SUCCESS ||
+                weight_map(problem, problem.weights[0], box_rows, kTailBytes, &p.weight_tail) != CUDA_SUCCESS)) {
+    return cudaErrorInvalidValue;
+  }
   if (C::kSharing) {
     p.tiles_m = (p.tiles_m + splits - 1) / splits * splits;
   } else {
-    if (splits > p.k_tiles) splits = p.k_tiles;  // every block multiplies something
+    if (splits > p.steps) splits = p.steps;  // every block multiplies something
   }
   p.splits = splits;
   p.packed_tile = C::kTileK * problem.bits / 8;

@@ -19,9 +19,9 @@ __device__ __forceinline__ void fence_sums(Sums<C>& sums) {
 
 // Two blocks of 64 rows take eight rows each in turn. A warp, which has 16 rows of each block, so has 32 rows of the tile
 // that follow one another, and its outputs leave in one piece.
-template <class C>
+template <class C, int kBytes>
 __device__ __forceinline__ uint64_t input_descriptor(const uint8_t* tile) {
-  return tile_descriptor(cute::cast_smem_ptr_to_uint(tile), C::kBlocksM);
+  return tile_descriptor<kBytes>(cute::cast_smem_ptr_to_uint(tile), C::kBlocksM);
 }
 
 // Of a sharing kernel to all blocks of the cluster, whose copies write into this one.
@@ -42,34 +42,50 @@ __device__ __forceinline__ void sync_group(int group) { cutlass::arch::NamedBarr
 __device__ __forceinline__ void await_turn(int group) { cutlass::arch::NamedBarrier::sync(2 * kGroup, 3 + group); }
 __device__ __forceinline__ void pass_turn(int group) { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 3 + group); }
 
-// The sums of one tile, or of this block's share of them. Then it is the turn of group `next`, if there is one. `blocks`:
-// of the cluster, in a sharing kernel.
+// One step: a stage whose rows have kBytes.
+template <class C, int kBytes>
+__device__ __forceinline__ void multiply_stage(const Shared<C>& sm, const Turn<C>& turn, int row0, Sums<C>& sums,
+                                               bool first) {
+  FullBarrier::wait(sm.full(turn.stage), turn.phase);
+  uint64_t a = input_descriptor<C, kBytes>(sm.input(turn.stage) + row0 * kBytes);
+  uint64_t b = tile_descriptor<kBytes>(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)), 1);
+  fence_sums<C>(sums);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int s = 0; s < kBytes / kStepBytes; ++s) {
+#pragma unroll
+    for (int i = 0; i < C::kBlocksM; ++i) {
+      wgmma<typename C::Math, C::kTileN>(a + i * kBytes / 2 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
+                                         !first || s > 0);
+    }
+  }
+  cute::warpgroup_commit_batch();
+  fence_sums<C>(sums);
+  cute::warpgroup_wait<1>();
+}
+
+// The sums of one tile, or of this block's share of them: first the steps of whole rows, then the tails. Then it is the
+// turn of group `next`, if there is one. `blocks`: of the cluster, in a sharing kernel.
 template <class C>
-__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, int count, int row0, Sums<C>& sums,
+__device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, const Reduction& r, int row0, Sums<C>& sums,
                                          int blocks = 1, int next = -1) {
   // A block that shares may end before the others: what nobody waits for is not told them.
-  const int released = C::kSharing ? count - C::kStages : count;
-  int before = 0;
-  for (int k = 0; k < count; ++k) {
-    FullBarrier::wait(sm.full(turn.stage), turn.phase);
-    uint64_t a = input_descriptor<C>(sm.input(turn.stage) + row0 * kRowBytes);
-    uint64_t b = tile_descriptor(cute::cast_smem_ptr_to_uint(sm.weight(turn.stage)), 1);
-    fence_sums<C>(sums);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int s = 0; s < kRowBytes / kStepBytes; ++s) {
-#pragma unroll
-      for (int i = 0; i < C::kBlocksM; ++i) {
-        wgmma<typename C::Math, C::kTileN>(a + i * 64 + s * (kStepBytes / 16), b + s * (kStepBytes / 16), sums[i],
-                                           k > 0 || s > 0);
-      }
-    }
-    cute::warpgroup_commit_batch();
-    fence_sums<C>(sums);
-    cute::warpgroup_wait<1>();
+  const int released = C::kSharing ? r.count - C::kStages : r.count;
+  int before = 0, k = 0;
+  auto end_step = [&] {
     if (k > 0 && k <= released) release(sm, before, blocks);
     before = turn.stage;
     turn.step();
+  };
+  for (; k < r.whole; ++k) {
+    multiply_stage<C, kRowBytes>(sm, turn, row0, sums, k == 0);
+    end_step();
+  }
+  if constexpr (C::kTails) {
+    for (; k < r.count; ++k) {
+      multiply_stage<C, kTailBytes>(sm, turn, row0, sums, k == 0);
+      end_step();
+    }
   }
   if (next >= 0) pass_turn(next);
   cute::warpgroup_wait<0>();

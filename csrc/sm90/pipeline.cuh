@@ -26,6 +26,7 @@ struct Config {
   static constexpr int kTileM = TileM, kTileN = TileN;
   static constexpr Turns turns = turns_;
   static constexpr bool packed = Packed;
+  static constexpr bool kTails = !Packed;
   static constexpr bool kGeglu = Geglu_;
   // Columns of the output. Of GEGLU a tile has as many of the values, then the same ones of the gates.
   static constexpr int kTileOut = kGeglu ? TileN / 2 : TileN;
@@ -80,6 +81,7 @@ struct Config {
 struct Params {
   CUtensorMap input;
   CUtensorMap weight_maps[kMaxWeights];
+  CUtensorMap input_tail, weight_tail;
   CUtensorMap out_maps[kMaxWeights];
   Weight weights[kMaxWeights];
   int tile_end[kMaxWeights];  // tiles along n up to and with that weight
@@ -87,7 +89,8 @@ struct Params {
   int tiles_m, tiles_n;
   int splits;  // of the reduction; of a sharing kernel, the blocks of a cluster
   int m;
-  int k_tiles, channel_blocks;
+  int channel_blocks, taps;                 // blocks of whole rows of a tap's channels
+  int whole_steps, steps;                   // of the reduction: of whole rows, with the tails of the taps behind them
   int packed_tile;                          // bytes of a channel block as it is stored
   int shift;                                // of sums of packed weights
   float unscale;                            // the same as a factor, for floating sums
@@ -109,9 +112,11 @@ struct Params {
   Geglu geglu;
 };
 
-// Steps of a tile's reduction.
+// Steps of a tile's reduction, the first of which have whole rows.
 struct Reduction {
-  int begin, count;
+  int begin, count, whole;
+  __device__ Reduction(const Params& p, int begin, int end)
+      : begin(begin), count(end - begin), whole(min(max(p.whole_steps - begin, 0), count)) {}
 };
 
 struct Tile {

@@ -19,10 +19,15 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   return encode;
 }
 
+// So that eight rows of a tile, as wgmma reads them, lie in all banks.
+CUtensorMapSwizzle swizzle_of(int bytes) {
+  return bytes == kRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+}
+
 }  // namespace
 
 // L2 promotions as CUTLASS sets them for both forms of input. Weights come from DRAM in order: fetch twice the row.
-CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
+CUresult input_map(const Matmul& p, int tile_m, int row, CUtensorMap* map) {
   static const auto tiled = encode_tiled();
   static const auto im2col = PFN_cuTensorMapEncodeIm2col_v12000(driver_function("cuTensorMapEncodeIm2col"));
   if (!tiled || !im2col) return CUDA_ERROR_NOT_SUPPORTED;
@@ -32,9 +37,9 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
   if (p.is_rows()) {
     cuuint64_t size[2] = {cuuint64_t(x.channels * bytes), cuuint64_t(p.m())};
     cuuint64_t stride[1] = {cuuint64_t(x.stride_w * bytes)};
-    cuuint32_t box[2] = {kRowBytes, cuuint32_t(tile_m)}, step[2] = {1, 1};
+    cuuint32_t box[2] = {cuuint32_t(row), cuuint32_t(tile_m)}, step[2] = {1, 1};
     return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                 swizzle_of(row), CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   }
   cuuint64_t size[4] = {cuuint64_t(x.channels * bytes), cuuint64_t(x.width), cuuint64_t(x.height), cuuint64_t(x.batch)};
   cuuint64_t stride[3] = {cuuint64_t(x.stride_w * bytes), cuuint64_t(x.stride_h * bytes), cuuint64_t(x.stride_n * bytes)};
@@ -42,20 +47,20 @@ CUresult input_map(const Matmul& p, int tile_m, CUtensorMap* map) {
   int lower[2] = {0, 0};
   int upper[2] = {-(p.window.s - 1) * p.window.dilation_w, -(p.window.r - 1) * p.window.dilation_h};
   cuuint32_t step[4] = {1, cuuint32_t(p.window.stride_w), cuuint32_t(p.window.stride_h), 1};
-  return im2col(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, data, size, stride, lower, upper, kRowBytes, tile_m, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+  return im2col(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, data, size, stride, lower, upper, row, tile_m, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(row), CU_TENSOR_MAP_L2_PROMOTION_NONE,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-CUresult weight_map(const Matmul& p, const Weight& weight, int tile_n, CUtensorMap* map) {
+CUresult weight_map(const Matmul& p, const Weight& weight, int tile_n, int row, CUtensorMap* map) {
   static const auto tiled = encode_tiled();
   if (!tiled) return CUDA_ERROR_NOT_SUPPORTED;
   cuuint64_t packed = p.packed_channels(), pitch = p.pitch(), taps = p.taps();
   cuuint64_t size[3] = {packed, taps, cuuint64_t(weight.n)};
   cuuint64_t stride[2] = {pitch, pitch * taps};
-  cuuint32_t box[3] = {cuuint32_t(kRowBytes / p.element_bytes() * p.bits / 8), 1, cuuint32_t(tile_n)}, step[3] = {1, 1, 1};
+  cuuint32_t box[3] = {cuuint32_t(row / p.element_bytes() * p.bits / 8), 1, cuuint32_t(tile_n)}, step[3] = {1, 1, 1};
   // Codes that are spread first are read by ordinary loads, which want plain rows.
-  CUtensorMapSwizzle swizzle = p.bits == 8 && !p.floating ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
+  CUtensorMapSwizzle swizzle = p.bits == 8 && !p.floating ? swizzle_of(row) : CU_TENSOR_MAP_SWIZZLE_NONE;
   return tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(weight.data), size, stride, box, step,
                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -60,11 +60,15 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, typename Math::Sum
   wgmma<Math, N>(a, b, sums, add, std::make_index_sequence<N / 2>{});
 }
 
-// Descriptor of a tile in shared memory: rows of 128 bytes, 128-byte swizzle. Eight rows follow one another; the next
-// eight that the instruction takes come `every` eights later. The next 32 bytes of a row are +2, the next eight rows +64
-// (in units of 16 bytes).
+// Descriptor of a tile in shared memory: rows of 128 bytes in the 128-byte swizzle, or of 64 bytes in the 64-byte swizzle.
+// Eight rows follow one another; the next eight that the instruction takes come `every` eights later. The next 32 bytes of
+// a row are +2, the next eight rows + kBytes / 2 (in units of 16 bytes).
+template <int kBytes>
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared_address, int every) {
-  return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(every * 64) << 32 | uint64_t(1) << 62;
+  static_assert(kBytes == 128 || kBytes == 64);
+  constexpr uint64_t kSwizzle = kBytes == 128 ? 1 : 2;
+  return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(every * kBytes / 2) << 32 |
+         kSwizzle << 62;
 }
 
 }  // namespace mixdq::sm90

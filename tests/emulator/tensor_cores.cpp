@@ -8,14 +8,16 @@ namespace {
 
 constexpr int kRowBytes = 32, kMaxColumns = 256;
 
-// Rows of 32 bytes from the tile that a descriptor names: rows of 128 bytes in the 128-byte swizzle.
+// Rows of 32 bytes from the tile that a descriptor names: rows of 128 bytes in the 128-byte swizzle, or of 64 in that of
+// 64 bytes.
 void gather(uint8_t (*to)[kRowBytes], const Block& block, uint64_t descriptor, int first, int rows) {
-  require(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0, "the swizzle of a descriptor");
+  const uint32_t swizzle = descriptor >> 62, pitch = swizzle == 1 ? 128 : 64;
+  require((swizzle == 1 || swizzle == 2) && (descriptor >> 49 & 7) == 0, "the swizzle of a descriptor");
   const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
   for (int r = first; r < first + rows; ++r) {
     for (int half = 0; half < 2; ++half) {
-      uint32_t at = start + r / 8 * stride + r % 8 * 128 + half * 16;
-      at ^= (at >> 7 & 7) << 4;
+      uint32_t at = start + r / 8 * stride + r % 8 * pitch + half * 16;
+      at ^= (at >> 7 & (swizzle == 1 ? 7 : 3)) << 4;
       require(in_shared(block, block.memory + at, 16), "wgmma reads outside of shared memory");
       std::memcpy(to[r - first] + half * 16, &block.async_view[at], 16);
     }
