@@ -59,7 +59,7 @@ class Kernel:
         channels = layer.k // layer.taps
         if (packed and bits == 8) or channels % (16 * 8 // bits if reads_packed else 16):
             return []
-        if self.name == "few_rows" and (isinstance(layer, Conv) or layer.m > 16):
+        if self.name == "few_rows" and (layer.taps > 1 or layer.m > 16):
             return []
         steps = layer.taps * -(-channels // (64 if floating else 128))
         if self.name.endswith("_sharing"):

@@ -121,7 +121,23 @@ def run_step(model: str, variant: str, batch: int, **options) -> None:
 
     ``options``: size, device, dtype, plan, compile, layers, channels_last and seed, as for :func:`run_bench`.
     """
-    _Bench(model, [batch], [variant], repeats=1, warmup=1, cold=False, **options).step()
+    bench = _Bench(model, [batch], [variant], repeats=1, warmup=1, cold=False, **options)
+    with bench.warm() as call, tracing.profiled(bench.device), tracing.marked(bench.variants[0].name, bench.device):
+        call()
+
+
+@contextlib.contextmanager
+def warm_step(
+    model: str, variant: str, batch: int, *, size: int, device: str, layers: int | None = None
+) -> Iterator[tuple[Callable[[], torch.Tensor], Turns]]:
+    """A step of a variant, built, compiled and called as :func:`run_bench` does it, for those who measure in other
+    ways; and the turns that its user is to take with other runs on the device."""
+    bench = _Bench(
+        model, [batch], [variant], size=size, device=device, dtype=None, plan=None, compile=True, layers=layers,
+        channels_last=True, repeats=1, warmup=1, cold=False, seed=0,
+    )  # fmt: skip
+    with bench.warm() as call:
+        yield call, bench.turns
 
 
 class _Bench:
@@ -212,16 +228,18 @@ class _Bench:
                     yield [Row(variant.name, batch, started, _reason(error)) for batch in self.batches]
                 self.advance(variant.name, len(self.batches))
 
-    def step(self) -> None:
+    @contextlib.contextmanager
+    def warm(self) -> Iterator[Callable[[], torch.Tensor]]:
+        """One step of the first variant, which has been called before."""
         self.advance = lambda text, count=1: None
         with self._state():
-            prepared = self._prepare()
-            model, run = self._built(self.variants[0], prepared)
-            inputs = self._inputs(model, self.batches[0])
-            for _ in range(timing.WARM_UP_CALLS):
-                run(**inputs)
-            with tracing.profiled(self.device), tracing.marked(self.variants[0].name, self.device):
-                run(**inputs)
+            with self.turns.together():
+                prepared = self._prepare()
+                model, run = self._built(self.variants[0], prepared)
+                inputs = self._inputs(model, self.batches[0])
+                for _ in range(timing.WARM_UP_CALLS):
+                    run(**inputs)
+            yield lambda: run(**inputs)[0]
 
     def _start(self, out: Path | None, resume: bool) -> Results:
         environment = {f.name: f.value for f in examine()}
