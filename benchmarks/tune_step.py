@@ -12,7 +12,8 @@ it is faster. This goes on until a round over all shapes changes nothing, or tim
 The table in force (built in, or MIXDQ_TUNING_TABLE) is where it starts: a row is written only for a kernel that beat
 what the library chooses by it, and all other rows of ``--table`` stay. So ``--table`` should be the table in force, or
 a new file, which begins with those rows. Kernels that end with GEGLU are not chosen by the table; the best are only
-reported. Runs on one GPU may be started together: they compile side by side and measure one after the other.
+reported. Runs on one GPU may be started together: they compile side by side and measure one after the other. Without
+``--from`` a round takes about ten minutes, with it two.
 """
 
 import json
@@ -35,11 +36,11 @@ from tune import TABLE, Choice, candidates, read_table, write_table
 
 from mixdq_ao.bench.run import warm_step
 from mixdq_ao.bench.timing import WARM_UP_CALLS, time_replays
-from mixdq_ao.files import write_text
+from mixdq_ao.files import writable_file, write_text
 
 MAX_WEIGHTS = 4  # of one product: kMaxWeights in csrc/problem.h
 NEAR = 1.35  # candidates that by themselves take up to so many times what the best takes are tried in the step
-REPLAY_MS, REPLAYS = 80.0, (3, 15)  # of one measurement: about so long, but no fewer and no more
+REPLAY_MS, REPLAYS = 60.0, (3, 15)  # of one measurement: about so long, but no fewer and no more
 # A gain is believed if every comparison shows one: 2 where each shows more than CLEAR of a step, else ROUNDS. Replays
 # of one graph differ by about 0.1 %, their medians by less; what is smaller than LEAST on average is left alone.
 ROUNDS, CLEAR, LEAST = 5, 1e-3, 2e-4
@@ -122,7 +123,8 @@ def intercepted(handle: Callable[[Product | None, Callable[[], Tensor]], Tensor]
     """
 
     def instead(operator, product_of):
-        return lambda *args: handle(product_of(*args), lambda: operator(*args))
+        # By name Inductor gives only what has a default: the residual, which no choice depends on.
+        return lambda *args, **named: handle(product_of(*args), lambda: operator(*args, **named))
 
     with ExitStack() as stack:
         for name, product_of in OPERATORS.items():
@@ -145,22 +147,28 @@ def products(call: Callable[[], object]) -> tuple[Counter[Product], int]:
     return seen, others
 
 
-def options(product: Product, sm90: bool, near: dict[tuple, set[Choice]]) -> list[Choice]:
+def options(product: Product, sm90: bool, near: dict[tuple, list[Choice]]) -> list[Choice]:
     """What to try for it; ``near``: of ``near_the_best``."""
     if product.geglu:
         return [(k.name, s) for k in KERNELS if sm90 for s in k.splits(product, product.bits, geglu=True)]
-    found = [c for c in candidates(product, product.bits, sm90) if c[0] != "direct"]
-    measured = near.get(product[:5])
-    return [c for c in found if c in measured] if measured else found
+    # Kernels of older GPUs come near only where layers are small.
+    older = "sm80" if sm90 else "sm90"
+    found = [c for c in candidates(product, product.bits, sm90) if c[0] != "direct" and not c[0].startswith(older)]
+    return [c for c in near[product[:5]] if c in found] if product[:5] in near else found
 
 
-def near_the_best(path: Path) -> dict[tuple, set[Choice]]:
+def near_the_best(path: Path) -> dict[tuple, list[Choice]]:
     """Of each row of the table the kernels that come near the best of their layer, as ``tune.py --out`` wrote them."""
     found = {}
     for row in json.loads(path.read_text())["rows"]:
-        near = {name for us in row["microseconds"] for name in us if us[name] <= NEAR * min(us.values())}
-        parted = (name.partition(":") for name in near)
-        found[tuple(row[name] for name in Product._fields[:5])] = {(name, int(splits)) for name, _, splits in parted}
+        ratios: dict[Choice, float] = {}
+        for microseconds in row["microseconds"]:
+            for name, us in microseconds.items():
+                kernel, _, splits = name.partition(":")
+                choice, ratio = (kernel, int(splits)), us / min(microseconds.values())
+                ratios[choice] = min(ratio, ratios.get(choice, ratio))
+        key = tuple(row[name] for name in Product._fields[:5])
+        found[key] = sorted((c for c in ratios if ratios[c] <= NEAR), key=ratios.get)
     return found
 
 
@@ -266,8 +274,7 @@ class Descent:
                 new = self.timer.record(trial)
             except RuntimeError as error:
                 print(f"{product}, {named(option)}: {str(error).splitlines()[0]}", flush=True)
-                torch.cuda.synchronize()  # raises again for what no later launch would survive
-                continue
+                continue  # what no later launch survives ends the program when the step is measured next
             won = gain(self.timer, self.now, new)
             old, self.now = (self.now, new) if won else (new, self.now)
             if won:
@@ -323,18 +330,16 @@ class Results:
 
 
 def tune(call: Callable[[], object], todo: dict[Product, list[Choice]], results: Results, seconds: float) -> None:
-    deadline, done = time.monotonic() + seconds, Counter()
+    deadline, done, order = time.monotonic() + seconds, Counter(), list(todo)
     descent = Descent(todo, Timer(call))
 
     def report(product: Product, before: Choice | None) -> None:
         done[product] += 1
         again = f", round {done[product]}" if done[product] > 1 else ""
-        after, step = descent.choices.get(product), descent.after_ms
+        at, after = f"{order.index(product) + 1}/{len(order)}{again}", descent.choices.get(product)
         change = f"{named(before)} -> {named(after)}" if after != before else f"{named(after)} stays"
-        print(
-            f"{len(done)}/{len(todo)}{again}: {product}, {results.counts[product]} launches: {change}, {step:.3f} ms",
-            flush=True,
-        )
+        times = f"{results.counts[product]} launches"
+        print(f"{at}: {product}, {times}: {change}, {descent.after_ms:.3f} ms", flush=True)
         results.write(descent, "running")
 
     print(f"{descent.before_ms:.3f} ms with the table in force", flush=True)
@@ -355,7 +360,7 @@ def main(
     variant: Annotated[str, typer.Option(help="w8a8 or w4a8: the bits of weights and activations.")] = "w8a8",
     table: Annotated[Path, typer.Option(help="The table to update.")] = TABLE,
     out: Annotated[Path | None, typer.Option(help="Write what was found as JSON here.")] = None,
-    alone: Annotated[
+    timings: Annotated[
         Path | None,
         typer.Option("--from", help="JSON of tune.py --out: try only what comes near the best there.", exists=True),
     ] = None,
@@ -367,7 +372,9 @@ def main(
         sys.exit("MIXDQ_KERNEL is set, and would be every product's kernel. Unset it.")
     if variant not in ("w8a8", "w4a8"):
         sys.exit(f"--variant must be w8a8 or w4a8; found {variant}")
-    near = near_the_best(alone) if alone else {}
+    for path in filter(None, (table, out)):
+        writable_file(path)
+    near = near_the_best(timings) if timings else {}
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     with warm_step("sdxl", variant, batch, size=size, device="cuda") as (call, turns):

@@ -1,5 +1,6 @@
 """What the GPU benchmarks decide without a GPU: shapes, candidates, the table of kernels, sums."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,12 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from original import TINY_CONFIG
 from rich.console import Console
 from torch import nn
+from torch._dynamo.utils import counters
 from typer.main import get_command
 
 from mixdq_ao import cli
+from mixdq_ao.bench.inputs import make_inputs
+from mixdq_ao.bench.models import find_model
 from mixdq_ao.bench.results import Results, Row, Settings
+from mixdq_ao.bench.run import warm_step
 from mixdq_ao.bench.timing import Times
 from mixdq_ao.bench.variants import parse_variants
 from mixdq_ao.errors import MixDQError
@@ -35,6 +41,7 @@ import run_all
 import sdxl_shapes
 import sensitivity
 import tune
+import tune_step
 from sdxl_shapes import Attention, Conv, Linear
 
 
@@ -284,6 +291,280 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
         "quantize_per_token", "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
         "short_attention_quantize",
     }  # fmt: skip
+
+
+# --- kernels chosen by the time of a step -----------------------------------------------------------------------------
+
+
+def layer_flops(config: str, size: int, batch: int) -> dict[str, int]:
+    """Of each layer of a floating UNet, from what goes through it."""
+    model, found = find_model(config).build(torch.float32, torch.device("cpu")), {}
+
+    def hook(name):
+        return lambda layer, args, y: found.update({name: 2 * y.numel() * layer.weight[0].numel()})
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.register_forward_hook(hook(name))
+    with torch.no_grad():
+        model(**make_inputs(model, batch, size))
+    return found
+
+
+def test_products_of_a_compiled_step(tmp_path):
+    torch._dynamo.reset()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"_class_name": "UNet2DConditionModel", **TINY_CONFIG}))
+    expected = layer_flops(str(config), 64, 2)
+    with warm_step(str(config), "w4a8", 2, size=64, device="cpu") as (call, turns):
+        compiled = dict(counters["stats"])
+        before = [getattr(torch.ops.mixdq_ao, name).default for name in tune_step.OPERATORS]
+        counts, others = tune_step.products(call)
+        seen, names = [], Counter()
+
+        def run(product, call):
+            seen.append(product)
+            with gpu.forced("some", 3) if product else contextlib.nullcontext():
+                names[os.environ.get("MIXDQ_KERNEL")] += 1
+                return call()
+
+        plain = call()
+        with tune_step.intercepted(run):
+            assert torch.equal(call(), plain)
+        assert counters["stats"] == compiled  # nothing was compiled again, nor left to eager
+        assert before == [getattr(torch.ops.mixdq_ao, name).default for name in tune_step.OPERATORS]
+    assert Counter(p for p in seen if p) == counts and names == {"some:3": counts.total(), None: others}
+    # Shortcuts of what was concatenated have two groups of inputs, each with a product of its own.
+    split = [name for name in expected if "up_blocks" in name and name.endswith("conv_shortcut")]
+    assert others == len(split) and {p.bits for p in counts} == {4}
+    found = sum(count * 2 * p.m * p.n * p.k for p, count in counts.items())
+    assert found == sum(flops for name, flops in expected.items() if name not in split)
+    assert any(p.geglu for p in counts) and any(p.taps == 9 for p in counts)
+
+
+def test_products_of_calls():
+    codes, weight = torch.empty(2, 8, 32, dtype=torch.int8), torch.empty(6, 4, 32, dtype=torch.int8)
+    whole = list(weight)
+    alpha = list(torch.empty(6, 1, 4))
+    rest = (alpha, [None] * 6)
+
+    def multi(qdata, bits=(8,) * 6, groups=(32,)):
+        return tune_step._multi(codes, qdata, alpha, *rest, list(bits), list(groups), torch.float16)
+
+    assert multi(whole) == (16, 24, 32, 1, 8, False)
+    assert multi(whole[::-1]) is multi(whole, (8, 8, 8, 8, 8, 4)) is multi(whole, groups=(16, 16)) is None
+    image, window = torch.empty(2, 16, 9, 8, dtype=torch.int8), torch.empty(5, 8, 3, 3, dtype=torch.uint8)
+    conv = (image, window, None, None, None, (2, 1), (1, 0), (1, 2))
+    assert tune_step._conv(*conv, 4, [16], torch.float16) == (2 * 5 * 4, 5, 9 * 16, 9, 4, False)
+    assert tune_step._conv(*conv, 4, [8, 8], torch.float16) is None
+
+
+def test_what_is_tried_in_a_step(tmp_path):
+    product = tune_step.Product(256, 1280, 1280, 1, 8)
+    every = tune_step.options(product, True, {})
+    alone = tune.candidates(Linear(256, 1280, 1280), 8, True)
+    assert every == [c for c in alone if c[0].startswith("sm90")] and len(every) > 20
+    assert all(name.startswith("sm80") for name, _ in tune_step.options(product, False, {}))
+    row = dict(zip(("m", "n", "k", "taps", "bits"), product, strict=False))
+    microseconds = [{"sm90_64x80:1": 4.0, "sm90_64x64:1": 5.0, "sm90_128x64:2": 5.5}, {"sm90_64x160:1": 3.0}]
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({"rows": [{**row, "microseconds": microseconds}]}))
+    near = tune_step.near_the_best(path)
+    assert set(tune_step.options(product, True, near)[:2]) == {("sm90_64x80", 1), ("sm90_64x160", 1)}
+    assert tune_step.options(product, True, near)[2:] == [("sm90_64x64", 1)]
+    other = product._replace(m=300)
+    assert tune_step.options(other, True, near) == tune_step.options(other, True, {})
+    geglu = tune_step.options(tune_step.Product(256, 10240, 1280, 1, 4, True), True, near)
+    assert {"packed" in name for name, _ in geglu} == {True, False} and all(n.endswith("_geglu") for n, _ in geglu)
+    assert tune_step.options(tune_step.Product(1024, 320, 36, 9, 8), True, {}) == []  # 4 channels: only `direct`
+
+
+def test_steps_are_recorded_with_their_kernels(monkeypatch):
+    """On a stand-in for CUDA: what is launched in a capture has been launched before."""
+    monkeypatch.delenv("MIXDQ_KERNEL", raising=False)
+    capturing, seen, times = [], [], []
+
+    class Graph:
+        def capture_begin(self, pool):
+            assert pool == "pool" and not capturing
+            capturing.append(self)
+
+        def capture_end(self):
+            capturing.clear()
+
+    def operator(xq, *args, residual):
+        seen.append((bool(capturing), len(xq), os.environ.get("MIXDQ_KERNEL")))
+        if os.environ.get("MIXDQ_KERNEL") == "fails:1" and capturing:
+            raise RuntimeError("fails")
+
+    def replays(graph, repeats, warmup):
+        times.append(repeats)
+        return Times.of([6.0])
+
+    for name, stand_in in (
+        ("Stream", object), ("CUDAGraph", Graph), ("graph_pool_handle", lambda: "pool"),
+        ("stream", contextlib.nullcontext), ("synchronize", lambda: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(tune_step, "time_replays", replays)
+    monkeypatch.setattr(torch.ops.mixdq_ao.linear_int8, "default", operator)
+    weight = torch.empty(4, 8, dtype=torch.int8)
+
+    def call():
+        for rows in (3, 5):
+            codes = torch.empty(rows, 8, dtype=torch.int8)
+            torch.ops.mixdq_ao.linear_int8.default(codes, weight, None, None, None, 8, [8], torch.half, residual=None)
+
+    timer, product = tune_step.Timer(call), tune_step.Product(5, 4, 8, 1, 8)
+    own, forced = [(False, 3, None), (False, 5, None)], [(False, 3, None), (False, 5, "sm90_64x64:2")]
+    for choices, warm in (({}, 2 * own), ({product: ("sm90_64x64", 2)}, forced), ({product: ("sm90_64x64", 2)}, [])):
+        seen.clear()
+        assert isinstance(timer.record(choices), Graph)
+        assert seen == [*warm, *((True, *of[1:]) for of in (forced if choices else own))]
+    with pytest.raises(RuntimeError, match="fails"):
+        timer.record({product: ("fails", 1)})
+    assert not capturing and "MIXDQ_KERNEL" not in os.environ
+    assert torch.ops.mixdq_ao.linear_int8.default is operator
+    assert (timer.ms(None), timer.ms(None), times) == (6, 6, [3, 10, 10])
+
+
+FEW, MANY = tune_step.Product(256, 640, 640, 1, 8), tune_step.Product(256, 1280, 1280, 1, 8)
+GEGLU = tune_step.Product(256, 10240, 1280, 1, 8, True)
+A, B, C = ("sm90_64x80", 1), ("sm90_64x64", 1), ("sm90_128x64", 2)
+
+
+class FakeTimer:
+    """A step of 10 ms, and what each choice adds; a choice may cost more beside another. Drifts, and holds little."""
+
+    def __init__(self, adds, together=None, noise=0.0):
+        self.adds, self.together, self.noise = adds, together or {}, noise
+        self.held, self.measured, self.most = [], 0, 0
+
+    def record(self, choices):
+        if ("fails", 1) in choices.values():
+            raise RuntimeError("no such kernel\nmore")
+        graph = [sum(self.adds[item] for item in choices.items()) + self.together.get(frozenset(choices.items()), 0)]
+        self.held.append(graph)
+        self.most = max(self.most, len(self.held))
+        return graph
+
+    def ms(self, graph):
+        assert any(graph is held for held in self.held)
+        self.measured += 1
+        return 10 + graph[0] + self.noise * ((self.measured * 7) % 5 - 2)
+
+    def drop(self, graph):
+        self.held = [held for held in self.held if held is not graph]
+
+
+def test_the_descent_finds_the_best_of_all(capsys):
+    adds = {(MANY, A): -0.3, (MANY, B): -0.25, (MANY, C): 1.0, (FEW, A): -0.1, (FEW, B): 0.1, (GEGLU, C): 0.1}
+    # With what is best for FEW, B is better for MANY: found in the second round.
+    timer = FakeTimer(adds, {frozenset(((MANY, A), (FEW, A))): 0.08}, noise=0.001)
+    todo = {MANY: [C, A, B, ("fails", 1)], FEW: [B, A], GEGLU: [C]}
+    descent = tune_step.Descent(todo, timer)
+    reports = []
+    assert descent.run(lambda: True, lambda product, before: reports.append((product, before)))
+    assert descent.choices == {MANY: B, FEW: A} and descent.after_ms == pytest.approx(9.65, abs=0.01)
+    assert [p for p, _ in reports] == 3 * [MANY, FEW, GEGLU]
+    assert [before for p, before in reports if p is MANY] == [None, A, B]
+    assert timer.most <= 3 and len(timer.held) == 2
+    descent.compare()
+    assert (descent.before_ms, descent.after_ms) == (pytest.approx(10, abs=0.01), pytest.approx(9.65, abs=0.01))
+    assert "256 x 1280 -> 1280, int8, fails:1: no such kernel" in capsys.readouterr().out
+
+
+def test_the_librarys_own_choice_comes_back():
+    timer = FakeTimer({(MANY, A): -0.1, (FEW, B): -0.5}, {frozenset(((MANY, A), (FEW, B))): 0.2})
+    descent = tune_step.Descent({MANY: [A], FEW: [B]}, timer)
+    assert descent.run(lambda: True, lambda *_: None) and descent.choices == {FEW: B}
+
+
+@pytest.mark.parametrize("adds", [0.0, -0.001, 0.02])
+def test_what_may_be_noise_changes_nothing(adds):
+    timer = FakeTimer({(MANY, A): adds}, noise=0.002)
+    descent = tune_step.Descent({MANY: [A]}, timer)
+    assert descent.run(lambda: True, lambda *_: None) and not descent.choices and timer.measured < 20
+
+
+def tune_with(monkeypatch, tmp_path, timer, seconds=100.0):
+    """Its JSON file and its table."""
+    monkeypatch.delenv("MIXDQ_KERNEL", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    step = contextlib.nullcontext((None, SimpleNamespace(alone=contextlib.nullcontext)))
+    counts = Counter({MANY: 198, FEW: 2, GEGLU: 60, tune_step.Product(64, 320, 36, 9, 8): 1})
+    for name, stand_in in (
+        ("require_gpu", lambda: None),
+        ("environment", lambda: {"gpu": "none"}),
+        ("warm_step", lambda *args, **options: step),
+        ("products", lambda call: (counts, 3)),
+        ("options", lambda product, *_: {MANY: [A, B], FEW: [A], GEGLU: [C]}.get(product, [])),
+        ("Timer", lambda call: timer),
+    ):
+        monkeypatch.setattr(tune_step, name, stand_in)
+    table, out = tmp_path / "table.inc", tmp_path / "out.json"
+    tune_step.main(table=table, out=out, seconds=seconds)
+    return json.loads(out.read_text()), tune.read_table(table)
+
+
+def test_a_step_writes_its_table(monkeypatch, tmp_path, capsys):
+    other = (90, (4096, 320, 2880, 9, 8))
+    tune.write_table(tmp_path / "table.inc", {other: ("sm90_128x160", 1), (90, MANY[:5]): C, (90, FEW[:5]): C})
+    in_force = tmp_path / "in_force.inc"
+    tune.write_table(in_force, {(90, MANY[:5]): C})
+    monkeypatch.setenv("MIXDQ_TUNING_TABLE", str(in_force))
+    adds = {(MANY, A): -0.3, (MANY, B): -0.4, (FEW, A): 0.1, (GEGLU, C): -0.05}
+    found, table = tune_with(monkeypatch, tmp_path, FakeTimer(adds))
+    assert table == {other: ("sm90_128x160", 1), (90, MANY[:5]): B, (90, FEW[:5]): C}
+    rows = {row["n"]: row for row in found.pop("rows")}
+    assert found == {
+        "gpu": "none", "size": 512, "batch": 1, "variant": "w8a8", "before_ms": 10, "after_ms": 9.55,
+        "ended": "nothing gains any more",
+    }  # fmt: skip
+    assert rows[1280] == {
+        **MANY._asdict(), "launches": 198, "before": "sm90_128x64:2", "after": "sm90_64x64:1", "gain_us": 400,
+    }  # fmt: skip
+    assert (rows[640]["after"], rows[10240]["after"]) == ("own choice", "sm90_128x64:2")
+    assert_expected_inline(
+        capsys.readouterr().out.replace(str(tmp_path), "."),
+        """\
+512 px, batch 1, w8a8: 261 launches of 3 shapes; 4 calls are left as they are
+10.000 ms with the table in force
+1/3: 256 x 1280 -> 1280, int8, 198 launches: own choice -> sm90_64x64:1, 9.600 ms
+2/3: 256 x 1280 -> 10240, int8, GEGLU, 60 launches: own choice -> sm90_128x64:2, 9.550 ms
+3/3: 256 x 640 -> 640, int8, 2 launches: own choice stays, 9.550 ms
+1/3, round 2: 256 x 1280 -> 1280, int8, 198 launches: sm90_64x64:1 stays, 9.550 ms
+2/3, round 2: 256 x 1280 -> 10240, int8, GEGLU, 60 launches: sm90_128x64:2 stays, 9.550 ms
+3/3, round 2: 256 x 640 -> 640, int8, 2 launches: own choice stays, 9.550 ms
+10.000 -> 9.550 ms; 2 choices in ./table.inc
+not in the table: 256 x 1280 -> 10240, int8, GEGLU: sm90_128x64:2
+""",
+    )
+
+
+def test_a_new_table_begins_with_the_one_in_force(monkeypatch, tmp_path):
+    monkeypatch.delenv("MIXDQ_TUNING_TABLE", raising=False)
+    adds = {(MANY, A): 0.3, (MANY, B): 0.4, (FEW, A): 0.1, (GEGLU, C): 0.05}
+    found, table = tune_with(monkeypatch, tmp_path, FakeTimer(adds))
+    assert table == tune.read_table(tune.TABLE) and found["before_ms"] == found["after_ms"] == 10
+
+
+def test_a_stopped_run_has_written_what_it_found(monkeypatch, tmp_path, capsys):
+    class Stopping(FakeTimer):
+        def record(self, choices):
+            if FEW in choices:
+                raise KeyboardInterrupt
+            return super().record(choices)
+
+    adds = {(MANY, A): 0.3, (MANY, B): -0.4, (GEGLU, C): 0.05}
+    with pytest.raises(KeyboardInterrupt):
+        tune_with(monkeypatch, tmp_path, Stopping(adds))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["ended"] == "running" and found["after_ms"] == 9.6
+    assert tune.read_table(tmp_path / "table.inc")[90, MANY[:5]] == B
+    found, table = tune_with(monkeypatch, tmp_path, FakeTimer({}), seconds=0.0)
+    assert found["ended"] == "out of time" and table[90, MANY[:5]] == B
+    assert "1 of 3 shapes were looked at" in capsys.readouterr().out
 
 
 # --- all of them in one command ---------------------------------------------------------------------------------------
