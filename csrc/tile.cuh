@@ -42,7 +42,8 @@ __device__ __forceinline__ const int8_t* first_pixel(const Matmul& p, int64_t ro
          int64_t(w) * p.window.stride_w * p.x.stride_w;
 }
 
-__device__ __forceinline__ bool aligned(const void* data, int64_t row_stride, int64_t column, Float type, int count) {
+__host__ __device__ __forceinline__ bool aligned(const void* data, int64_t row_stride, int64_t column, Float type,
+                                                 int count) {
   int size = type == Float::f32 ? 4 : 2;
   int bytes = count * size < 16 ? count * size : 16;
   return ((reinterpret_cast<uint64_t>(data) + column * size) | uint64_t(row_stride * size)) % bytes == 0;
@@ -50,7 +51,7 @@ __device__ __forceinline__ bool aligned(const void* data, int64_t row_stride, in
 
 // Whether V values from that column on can move as vectors, in every row of the output and of the residual.
 template <int V>
-__device__ __forceinline__ bool moves_as_vectors(const Matmul& p, int64_t column) {
+__host__ __device__ __forceinline__ bool moves_as_vectors(const Matmul& p, int64_t column) {
   return aligned(p.out, p.out_stride, column, p.out_type, V) &&
          (!p.residual || aligned(p.residual, p.residual_stride, column, p.residual_type, V));
 }
