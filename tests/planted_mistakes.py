@@ -146,6 +146,13 @@ MISTAKES = [
         "random_problems and sm80_128x128",
     ),
     Mistake(
+        "a warp does not wait for the epilogue's vectors",
+        "direct.cu",
+        r"(weight_sum\[threadIdx.x\] = channel.weight_sum;\n  \}\n)  __syncthreads\(\);\n",
+        r"\1",
+        "few_channels",
+    ),
+    Mistake(
         "vectors are taken for aligned that are not",
         "tile.cuh",
         r"\) % bytes == 0;",

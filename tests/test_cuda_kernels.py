@@ -465,6 +465,20 @@ def test_sums_reach_the_ends_of_int32(kernel, monkeypatch):
         assert y.unique().tolist() == [float(torch.tensor(a * b * k, dtype=torch.float32))]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+def test_few_channels(layout, exact):
+    """As of a UNet's first layer: every alignment, up to lengths at which a reduction is no longer short."""
+    flags, common = [], {"op": "conv", "layout": layout, "window": (3, 3), "bias": torch.float16}
+    cases = [(c, n, d) for c in range(1, 13) for n in (72, 77) for d in FLOATS if d == torch.float32 or not exact]
+    for seed, (channels, n, dtype) in enumerate(cases):
+        sizes = {"lead": (2, 9 + seed % 2, 11), "groups": [channels], "columns": [n], "bits": [8]}
+        case = Case(**common, **sizes, seed=seed, exact=exact, out_dtype=dtype, residual=dtype if seed % 3 else None)
+        flags.append(wrong(case, *run(case)).any())
+    failed = first_failure(flags)
+    assert failed is None, cases[failed]
+
+
 @pytest.mark.parametrize("kernel", ["", "few_rows", "sm90_64x64:2", "sm90_128x160", "sm80_128x16", "direct"])
 @pytest.mark.parametrize("lead", [(1, 3, 3), (2, 2, 2), (3, 1, 5)])
 def test_pixels_of_an_image_share_a_row_of_the_residual(lead, kernel, monkeypatch):
