@@ -75,7 +75,7 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}_sharing", 4) for tile in ("64x64", "64x160", "128x160")),
     *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
-    *(Kernel(f"sm90_{tile}_geglu") for tile in ("128x160", "128x128", "64x160")),
+    *(Kernel(f"sm90_{tile}_geglu") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed_geglu") for tile in ("128x160", "64x160")),
     Kernel("sm90_128x128_floating"),
     Kernel("sm90_64x80_floating", 8),

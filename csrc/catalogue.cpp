@@ -96,7 +96,7 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
   return best;
 }
 
-// With GEGLU: the first kernel with two tiles or more for every multiprocessor, else the one with the smallest tiles. The
+// With GEGLU: the first kernel with two tiles for nearly every multiprocessor, else the one with the smallest tiles. The
 // arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time. Packed weights
 // are unpacked first only where no kernel reads them.
 Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
@@ -109,7 +109,7 @@ Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only
       if (kernel.packed != packed || (!only.empty() && only != kernel.family)) continue;
       if (!why_not(kernel, p, arch).empty()) continue;
       const int64_t tiles = ceil_div(p.m(), kernel.tile_m) * ceil_div(p.n(), kernel.tile_n);
-      if (tiles >= int64_t(2) * sm_count) return {i, 1, false};
+      if (tiles * 8 >= int64_t(15) * sm_count) return {i, 1, false};
       if (tiles > most) choice = {i, 1, false}, most = tiles;
     }
     if (choice.kernel >= 0) return choice;
@@ -246,7 +246,6 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x80_floating", "sm90", 64, 80, 1, 8, true, true},
       {"sm90_128x160_geglu", "sm90", 128, 160, 2, 1, false, false, false, true},
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
-      {"sm90_128x128_geglu", "sm90", 128, 128, 2, 1, false, false, false, true},
       {"sm90_128x160_packed_geglu", "sm90", 128, 160, 2, 1, true, false, false, true},
       {"sm90_64x160_packed_geglu", "sm90", 64, 160, 2, 1, true, false, false, true},
       {"sm80_128x160", "sm80", 128, 160, 0, 1, false},

@@ -9,7 +9,7 @@ namespace mixdq {
   X(sm90_128x16) X(sm90_128x128_split) X(sm90_128x160_split)                                               \
   X(sm90_64x64_sharing) X(sm90_64x160_sharing) X(sm90_128x160_sharing)                                     \
   X(sm90_128x160_packed) X(sm90_64x160_packed) X(sm90_64x80_packed) X(sm90_128x64_packed)                  \
-  X(sm90_128x160_geglu) X(sm90_128x128_geglu) X(sm90_64x160_geglu)                                         \
+  X(sm90_128x160_geglu) X(sm90_64x160_geglu)                                                               \
   X(sm90_128x160_packed_geglu) X(sm90_64x160_packed_geglu)                                                 \
   X(sm90_128x128_floating) X(sm90_64x80_floating)
 
