@@ -8,30 +8,22 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
-#include <type_traits>
-#include "attention.h"
-#include "cute/arch/copy_sm75.hpp"
-#include "cute/arch/copy_sm80.hpp"
-#include "cute/arch/mma_sm80.hpp"
-#include "codes.cuh"
+#include "attention.cuh"
 
 namespace mixdq {
 namespace {
 
-constexpr int kC = kHeadChannels;
-constexpr int kRows = 16;                    // of a warp
-constexpr int kChunk = 32;                   // keys that a warp takes at once
+constexpr int kChunk = 32;  // keys that a warp takes at once
 constexpr int kStageChunks = 4;
 constexpr int kStageKeys = kStageChunks * kChunk;
 constexpr int kRingChunks = 2 * kStageChunks;
 constexpr int kMostWarps = 16;  // more would leave too few registers for each
 constexpr int kMostKeyWarps = 4;
 constexpr int kMostShared = 99 * 1024;  // sm_86 and sm_89 have no more
-// Rows lie 16 bytes further apart than they are long, so that eight of them are in different banks for ldmatrix.
-constexpr int kPitch = kC + 8;
 constexpr int kRing = kRingChunks * kChunk * kPitch;  // elements of the keys in both stages; the values follow
-constexpr int kSumsPitch = kC + 8;               // floats; rows of a fragment are in different banks
+constexpr int kSumsPitch = kC + 8;                    // floats; rows of a fragment are in different banks
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Warps of a block: by rows of queries, and by keys.
@@ -49,38 +41,6 @@ struct Shape {
     return counts && shared_bytes() <= kMostShared;
   }
 };
-
-template <class T>
-using Multiply = std::conditional_t<std::is_same_v<T, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
-                                    cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-
-template <class T>
-__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&d)[4]) {
-  Multiply<T>::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
-}
-
-// What a lane adds to the address of 16 rows to read 16 of their columns: rows 0-7 and then 8-15, and those again 16 bytes
-// further on.
-__device__ __forceinline__ int place_of_lane() {
-  int lane = threadIdx.x % 32;
-  return lane % 16 * kPitch + lane / 16 * 8;
-}
-
-template <class Load, class T>
-__device__ __forceinline__ void read(const T* at, uint32_t (&to)[4]) {
-  Load::copy(*reinterpret_cast<const cute::uint128_t*>(at), to[0], to[1], to[2], to[3]);
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair(float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    __half2 v = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-}
 
 // Starts the copy of rows, those past `valid` as zeros. A thread keeps to one piece of every so manieth row.
 template <class T>
@@ -244,11 +204,6 @@ __device__ __forceinline__ void write_codes(const float* sums, const float2* ran
   }
 }
 
-template <class T>
-__device__ __forceinline__ T* head(T* data, const int64_t (&stride)[3]) {
-  return data + blockIdx.z * stride[0] + blockIdx.y * stride[1];
-}
-
 // Out: T, or int8_t for its codes.
 template <class T, class Out>
 __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant__ Attention p, Shape warps) {
@@ -330,12 +285,9 @@ int64_t estimate(const Attention& p, Shape warps, int sm_count) {
   return ceil_div(blocks, together) * wave;
 }
 
-// MIXDQ_ATTENTION, as rows:keys, is for measurements and tests.
-Shape choose(const Attention& p, int sm_count) {
+Shape choose(const Attention& p, int sm_count, const char* wanted) {
   Shape best = {1, 1};
-  if (const char* wanted = std::getenv("MIXDQ_ATTENTION"); wanted && *wanted) {
-    return std::sscanf(wanted, "%d:%d", &best.rows, &best.keys) == 2 ? best : Shape{0, 0};
-  }
+  if (*wanted) return std::sscanf(wanted, "%d:%d", &best.rows, &best.keys) == 2 ? best : Shape{0, 0};
   int64_t least = INT64_MAX;
   for (int keys = 1; keys <= kMostKeyWarps; ++keys) {
     for (int rows = 1; Shape{rows, keys}.fits(); ++rows) {
@@ -371,9 +323,14 @@ cudaError_t run_typed(const Attention& p, Shape warps, const Stream& on) {
 
 }  // namespace
 
+// MIXDQ_ATTENTION, as rows:keys or few or few:blocks:warps, is for measurements and tests.
 cudaError_t attention(const Attention& p, const Stream& on) {
-  Shape warps = choose(p, on.sm_count);
-  if (!warps.fits() || p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
+  const char* wanted = std::getenv("MIXDQ_ATTENTION");
+  if (!wanted) wanted = "";
+  if (p.heads > 65535 || p.batch > 65535 || p.keys < 1 || !(p.scale > 0)) return cudaErrorInvalidValue;
+  if (*wanted ? !std::strncmp(wanted, "few", 3) : p.keys <= kFewKeys) return attention_few_keys(p, wanted, on);
+  Shape warps = choose(p, on.sm_count, wanted);
+  if (!warps.fits()) return cudaErrorInvalidValue;
   return p.type == Float::f16 ? run_typed<__half>(p, warps, on) : run_typed<__nv_bfloat16>(p, warps, on);
 }
 

@@ -244,6 +244,20 @@ MISTAKES = [
         "quantize",
     ),
     Mistake(
+        "the warps of a block do not wait for each other's values",
+        "attention_few_keys.cu",
+        r"cp_async_wait<0>\(\);\n      __syncthreads\(\);",
+        "cp_async_wait<0>();",
+        "random_problems and few:",
+    ),
+    Mistake(
+        "keys past the last count",
+        "attention_few_keys.cu",
+        r"if \(j \* 8 \+ 8 <= valid\)",
+        "if (j * 8 < valid)",
+        "random_problems and few:",
+    ),
+    Mistake(
         "the threads of a row do not wait for its range",
         "quantize.cu",
         r"(shared\[1\]\[threadIdx.x / 32\] = high;\n)    __syncthreads\(\);\n",
@@ -256,7 +270,8 @@ MISTAKES = [
 def fail(sources: dict[Path, str], tests: str, folder: Path) -> bool:
     """Whether one of those tests fails with a library from the sources, built in the folder."""
     options = ["-x", "-n", "1", "-p", "no:cacheprovider", "-k", tests]
-    command = [sys.executable, "-m", "pytest", Path(__file__).with_name("test_cuda_kernels.py"), *options]
+    files = [Path(__file__).with_name(name) for name in ("test_cuda_kernels.py", "test_attention_kernel.py")]
+    command = [sys.executable, "-m", "pytest", *files, *options]
     settings = {"MIXDQ_EMULATED_LIBRARY": str(emulated.build(sources, folder)), "MIXDQ_CASES": "40"}
     done = subprocess.run(
         command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

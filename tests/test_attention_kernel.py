@@ -55,10 +55,11 @@ def check(found: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, what) ->
     assert sqnr(exact(q, k, v, scale), found) > (45 if q.dtype == torch.bfloat16 else 60), what
 
 
-def draw(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, float, tuple]:
+def draw(rng: random.Random, shape: str) -> tuple[Tensor, Tensor, Tensor, float, tuple]:
     """Queries, keys, values, a scale, and what they are."""
     batch, count = rng.randint(1, 3), rng.randint(1, 3)
-    queries, keys = log_uniform(rng, 300 if ON_GPU else 100), log_uniform(rng, 300)
+    most = FEW_KEYS if shape.startswith("few") else 300
+    queries, keys = log_uniform(rng, 300 if ON_GPU else 100), rng.choice((log_uniform(rng, most), rng.randint(1, most)))
     dtype, scale = rng.choice((torch.float16, torch.bfloat16)), rng.choice((0.125, 0.125, 0.3, 1.7))
     layouts = [rng.choice([layout for layout in LAYOUTS if layout != "expanded"]), *rng.choices(LAYOUTS, k=2)]
     q, k, v = (
@@ -68,14 +69,16 @@ def draw(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, float, tuple]:
     return q, k, v, scale, (batch, count, queries, keys, dtype, scale, layouts)
 
 
-SHAPES = ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1"]  # warps by rows and keys; "": the library's own choice
+# Warps by rows and keys; or the kernel for few keys, with so many blocks of so many warps. "": the library's own choice.
+SHAPES = ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1", "few", "few:1:1", "few:1:3", "few:3:2", "few:1:10"]
+FEW_KEYS = 80  # the most of that kernel
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_problems(shape, monkeypatch):
     monkeypatch.setenv("MIXDQ_ATTENTION", shape)
     for i in range(CASES):
-        q, k, v, scale, what = draw(random.Random(f"{shape} {i}"))
+        q, k, v, scale, what = draw(random.Random(f"{shape} {i}"), shape)
         check(ops.short_attention(q, k, v, scale), q, k, v, scale, what)
 
 
@@ -91,7 +94,7 @@ def test_codes_equal_those_of_its_output(shape, monkeypatch):
     monkeypatch.setenv("MIXDQ_ATTENTION", shape)
     for i in range(CASES):
         rng = random.Random(f"codes {shape} {i}")
-        q, k, v, scale, what = draw(rng)
+        q, k, v, scale, what = draw(rng, shape)
         if rng.random() < 0.2:
             v[0, 0, 0, 0] = rng.choice((math.nan, math.inf, -math.inf))
         static = draw_static(rng)
@@ -101,22 +104,31 @@ def test_codes_equal_those_of_its_output(shape, monkeypatch):
         assert found.dtype == torch.int8 and found.is_contiguous() and torch.equal(found, expected), (*what, static)
 
 
-@pytest.mark.parametrize("keys", [1, 31, 32, 33, 77, 127, 128, 129, 256, 257, 300])
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 77, 79, 80, 81, 127, 128, 129, 256, 257, 300])
 def test_lengths_around_the_sizes_of_tiles(keys):
     rng = random.Random(keys)
     q, k, v = (heads(rng, 1, 2, tokens, torch.float16, "merged") for tokens in (17, keys, keys))
     check(ops.short_attention(q, k, v, 0.125), q, k, v, 0.125, keys)
 
 
-@pytest.mark.parametrize("shape", ["1:1", "1:4"])
+@pytest.mark.parametrize("shape", ["1:1", "1:4", "few"])
 def test_large_scores(shape, monkeypatch):
     """Scores of thousands, in which the largest key comes first, last or in between: no overflow, no NaN."""
     monkeypatch.setenv("MIXDQ_ATTENTION", shape)
     rng = random.Random(0)
-    q, k, v = (heads(rng, 1, 1, tokens, torch.float16, "one layer") * 20 for tokens in (16, 140, 140))
+    keys = FEW_KEYS if shape == "few" else 140
+    q, k, v = (heads(rng, 1, 1, tokens, torch.float16, "one layer") * 20 for tokens in (16, keys, keys))
     for order in (1, -1):
         k = k.take_along_dim((order * (q[:, :, :1] * k).sum(-1, keepdim=True)).argsort(2), 2)
         check(ops.short_attention(q, k, v, 0.125), q, k, v, 0.125, order)
+
+
+@pytest.mark.parametrize("shape, keys", [("few", FEW_KEYS + 1), ("few:0:4", 8), ("few:1:11", 8), ("17:1", 8), ("?", 8)])
+def test_shapes_that_there_are_not(shape, keys, monkeypatch):
+    monkeypatch.setenv("MIXDQ_ATTENTION", shape)
+    q, k = torch.zeros(1, 1, 9, C, device=DEVICE).half(), torch.zeros(1, 1, keys, C, device=DEVICE).half()
+    with pytest.raises(RuntimeError, match="the kernel"):
+        ops.short_attention(q, k, k, 0.125)
 
 
 def test_nothing_to_compute():

@@ -7,14 +7,15 @@ namespace mixdq {
 namespace {
 
 // Strides of batch, heads and tokens; what is not walked has none.
-void set_strides(const Call& call, const View& v, const char* name, int64_t multiple, int64_t (&stride)[3]) {
+void set_strides(const Call& call, const View& v, const char* name, int64_t (&stride)[3]) {
+  constexpr int64_t kMultiple = 8;
   STD_TORCH_CHECK(v.stride[3] == 1, call.op(), ": the channels of ", name, " must lie side by side");
-  bool fits = reinterpret_cast<uintptr_t>(v.data) % (2 * multiple) == 0;
+  bool fits = reinterpret_cast<uintptr_t>(v.data) % (2 * kMultiple) == 0;
   for (int i = 0; i < 3; ++i) {
     stride[i] = v.size[i] == 1 ? 0 : v.stride[i];
-    fits &= stride[i] % multiple == 0;
+    fits &= stride[i] % kMultiple == 0;
   }
-  STD_TORCH_CHECK(fits, call.op(), ": each row of ", name, " must begin at a multiple of ", 2 * multiple, " bytes");
+  STD_TORCH_CHECK(fits, call.op(), ": each row of ", name, " must begin at a multiple of ", 2 * kMultiple, " bytes");
 }
 
 // All but the output.
@@ -36,9 +37,9 @@ Attention problem(const Call& call, const Tensor& q, const Tensor& k, const Tens
   p.scale = float(scale);
   p.q = vq.data, p.k = vk.data, p.v = vv.data;
   if (vq.numel() == 0) return p;
-  set_strides(call, vq, "q", 8, p.q_stride);
-  set_strides(call, vk, "k", 8, p.k_stride);
-  set_strides(call, vv, "v", 8, p.v_stride);
+  set_strides(call, vq, "q", p.q_stride);
+  set_strides(call, vk, "k", p.k_stride);
+  set_strides(call, vv, "v", p.v_stride);
   return p;
 }
 
@@ -49,7 +50,7 @@ Tensor short_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, dou
   View o = call.look(out, "the output");
   if (o.numel() == 0) return out;
   p.out = o.data;
-  set_strides(call, o, "the output", 4, p.out_stride);
+  set_strides(call, o, "the output", p.out_stride);
   call.check(attention(p, call.on()), "the kernel");
   return out;
 }

@@ -159,9 +159,9 @@ void copy_im2col(const Copy& k, Writer& to) {
 
 void do_copy(const AsyncCopy& copy) {
   if (copy.valid) {
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
   } else {
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, copy.bytes);
   }
 }
 
@@ -307,10 +307,11 @@ void wait_for_stores(int open_groups) {
   }
 }
 
-void copy_async(const void* from, void* to, bool valid) {
-  require(in_shared(my_block(), to, 16) && shared_address(to) % 16 == 0, "where cp.async goes");
-  require(!valid || uint64_t(from) % 16 == 0, "where cp.async reads is not aligned");
-  const AsyncCopy copy = {from, to, valid};
+void copy_async(const void* from, void* to, int bytes, bool valid) {
+  require(bytes == 4 || bytes == 8 || bytes == 16, "how much cp.async copies");
+  require(in_shared(my_block(), to, bytes) && shared_address(to) % bytes == 0, "where cp.async goes");
+  require(!valid || uint64_t(from) % bytes == 0, "where cp.async reads is not aligned");
+  const AsyncCopy copy = {from, to, bytes, valid};
   if (!late_copies) do_copy(copy);
   me().copies.push_back(copy);
 }

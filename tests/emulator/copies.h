@@ -26,8 +26,8 @@ void bulk_store(const void* map, const void* from, int x, int y);
 void commit_stores();
 void wait_for_stores(int open_groups);
 
-// 16 bytes, or zeros; there when the thread has waited for its group.
-void copy_async(const void* from, void* to, bool valid);
+// So many bytes, or zeros; there when the thread has waited for its group.
+void copy_async(const void* from, void* to, int bytes, bool valid);
 void commit_copies();
 void wait_for_copies(int open_groups);
 

@@ -38,6 +38,7 @@ struct Warp {
 struct AsyncCopy {
   const void* from;
   void* to;
+  int bytes;
   bool valid;
 };
 
