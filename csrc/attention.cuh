@@ -23,8 +23,8 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t b0, ui
   Multiply<T>::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
 }
 
-// What a lane adds to the address of 16 rows to read 16 of their columns: rows 0-7 and then 8-15, and those again 16 bytes
-// further on.
+// What a lane adds to the address of 16 rows to read 16 of their columns: rows 0-7 and then 8-15, and those again 16
+// bytes further on.
 __device__ __forceinline__ int place_of_lane() {
   int lane = threadIdx.x % 32;
   return lane % 16 * kPitch + lane / 16 * 8;

@@ -246,15 +246,22 @@ MISTAKES = [
     Mistake(
         "the warps of a block do not wait for each other's values",
         "attention_few_keys.cu",
-        r"cp_async_wait<0>\(\);\n      __syncthreads\(\);",
-        "cp_async_wait<0>();",
+        r"cp_async_wait<1>\(\);\n      __syncthreads\(\);",
+        "cp_async_wait<1>();",
+        "random_problems and few:",
+    ),
+    Mistake(
+        "a warp overwrites its rows while a lane still reads them",
+        "attention_few_keys.cu",
+        r"__syncwarp\(\);\n    copy_tile",
+        "copy_tile",
         "random_problems and few:",
     ),
     Mistake(
         "keys past the last count",
         "attention_few_keys.cu",
-        r"if \(j \* 8 \+ 8 <= valid\)",
-        "if (j * 8 < valid)",
+        r"i < p.keys \? 1.f : 0.f",
+        "1.f",
         "random_problems and few:",
     ),
     Mistake(

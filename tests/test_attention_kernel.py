@@ -69,7 +69,7 @@ def draw(rng: random.Random, shape: str) -> tuple[Tensor, Tensor, Tensor, float,
     return q, k, v, scale, (batch, count, queries, keys, dtype, scale, layouts)
 
 
-# Warps by rows and keys; or the kernel for few keys, with so many blocks of so many warps. "": the library's own choice.
+# Warps by rows and keys, or the kernel for few keys, its blocks and warps. "": what the library chooses by itself.
 SHAPES = ["", "1:1", "2:1", "3:4", "4:2", "5:3", "4:4", "10:1", "few", "few:1:1", "few:1:3", "few:3:2", "few:1:10"]
 FEW_KEYS = 80  # the most of that kernel
 
