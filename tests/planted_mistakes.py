@@ -251,10 +251,10 @@ MISTAKES = [
         "random_problems and few:",
     ),
     Mistake(
-        "a warp overwrites its rows while a lane still reads them",
+        "a warp does not wait for its next rows",
         "attention_few_keys.cu",
-        r"__syncwarp\(\);\n    copy_tile",
-        "copy_tile",
+        r"row0 \+= step;\n    cute::cp_async_wait<0>\(\);",
+        "row0 += step;",
         "random_problems and few:",
     ),
     Mistake(
