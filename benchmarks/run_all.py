@@ -1,6 +1,6 @@
 """Everything that needs a GPU, step by step: tests, the table of kernels, benchmarks, NVIDIA's checkers.
 
-    python benchmarks/run_all.py --out results                       all of it; about half an hour on an H200
+    python benchmarks/run_all.py --out results                       all of it; about 45 minutes on an H200
     python benchmarks/run_all.py --out results --only tests,tune --minutes 9
 
 Each step has a limit and does not stop the others by failing. A table that ``tune`` has written is used by the steps
@@ -87,6 +87,12 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     replays = "tests/test_bench.py::test_on_a_gpu_graphs_are_replayed_and_weights_are_held_once"
     models = [*side_by_side, "tests/test_cuda.py", "tests/test_cuda_compile.py", replays]
     tune = script("tune.py", f"--table={out / TABLE}", f"--out={out}/tune.json", "--seconds=120")
+    # Side by side they compile; each of them is alone while it tunes.
+    in_a_step = [
+        script("tune_step.py", f"--size={size}", f"--variant={variant}", f"--table={out / TABLE}",
+               f"--from={out}/tune.json", f"--out={out}/tune_step_{size}px_{variant}.json", "--seconds=100")
+        for variant in ("w8a8", "w4a8") for size in (512, 1024)
+    ]  # fmt: skip
     kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=100")
     attention = script("attention.py", f"--out={out}/attention.json")
     checkers = [checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
@@ -101,6 +107,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     return [
         Step("tests", "kernels and operators against exact integers", 200, tests),
         Step("tune", "the fastest kernel for each layer of SDXL", 160, [tune]),
+        Step("tune-step", "the fastest kernels for a whole step", 590, in_a_step, together=True),
         Step("kernels", "each layer of SDXL", 200, [kernels]),
         Step("attention", "SDXL's attention", 60, [attention]),
         Step("models", "UNets, eager and compiled", 300, [models]),
