@@ -7,8 +7,7 @@ namespace mixdq::sm90 {
 
 // Bytes of a pixel that one step of the reduction takes, which are 128 codes or 64 floats: a row of a swizzled tile.
 constexpr int kRowBytes = 128;
-// Of the last step of a tap whose channels fill half a step or less: a row that is mostly past the last channel takes
-// longer to copy than a whole one.
+// Of the last step of a tap whose channels fill half of it or less, as 320 do: half the arithmetic.
 constexpr int kTailBytes = 64;
 
 // Tiles of tile_m output pixels by `bytes` of their channels: kRowBytes, or kTailBytes. As rows [m, channels] where the
