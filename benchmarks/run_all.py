@@ -76,9 +76,9 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         arguments = [f"--size={pixels}", f"--batch={batch}", f"--variants={variants}"]
         return bench(name, *arguments, "--jobs=8", "--compile-limit=340", f"--plot={out}/bench_{name}.png")
 
-    def checker(tool: str) -> list[str]:
+    def checker(tool: str, share: str) -> list[str]:
         options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
-        return ["compute-sanitizer", *options, *script("sanitize.py")]
+        return ["compute-sanitizer", *options, *script("sanitize.py", f"--share={share}")]
 
     tests = [
         [*side_by_side, kernel_tests, "tests/test_attention_kernel.py", f"--deselect={kernel_tests}::{alone}"],
@@ -95,13 +95,14 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     ]  # fmt: skip
     kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=100")
     attention = script("attention.py", f"--out={out}/attention.json")
-    checkers = [checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
+    tools, shares = ("memcheck", "racecheck", "initcheck", "synccheck"), ("1/3", "2/3", "3/3")
+    checkers = [checker(tool, share) for tool in tools for share in shares]
     small = unet(512, 1, "w8a8-eager", "w8a16", "torchao-fp8", "torchao-int8", *(["plan"] if plan else []))
     unets = [[*small, *([f"--plan={plan}"] if plan else [])], unet(1024, 8, "torchao-fp8")]
     # Side by side, compilers slow one another: what compiling takes is measured alone, then with caches that are full.
     starts = [bench(name, "--variants=float-compiled,w8a8", option, "--repeats=3") for name, option in
               (("cold", "--cold"), ("warm", "--no-cold"), ("warm", "--no-cold"))]  # fmt: skip
-    older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager")]
+    older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager,w8a8")]
     sensitivity = script("sensitivity.py", f"--out={out}/sensitivity.json")
     processes = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *sensitivity[1:]]
     return [
@@ -111,10 +112,10 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         Step("kernels", "each layer of SDXL", 200, [kernels]),
         Step("attention", "SDXL's attention", 60, [attention]),
         Step("models", "UNets, eager and compiled", 300, [models]),
-        Step("sanitize", "compute-sanitizer", 300, checkers, together=True),
+        Step("sanitize", "compute-sanitizer", 400, checkers, together=True),
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),
-        Step("older", "SDXL's UNet with the kernels of older GPUs", 120, [older]),
+        Step("older", "SDXL's UNet with the kernels of older GPUs", 240, [older]),
         Step("starts", "how long compiling takes", 500, starts),
         Step("sensitivity", "SDXL's sensitivity", 180, [sensitivity, *([processes] if gpus > 1 else [])]),
     ]

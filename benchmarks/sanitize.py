@@ -5,7 +5,8 @@
     compute-sanitizer --tool initcheck --error-exitcode 1 python benchmarks/sanitize.py
 
 Sizes are such that no tile is full and rows end in the middle of a vector. Inputs are made and results are checked on
-the CPU, so that few kernels but ours run. ``--only sm90`` takes what has that in its name.
+the CPU, so that few kernels but ours run. ``--only sm90`` takes what has that in its name, ``--share 1/3`` every third
+launch: a checker keeps one core of the CPU busy, and several may run side by side.
 """
 
 import os
@@ -30,9 +31,10 @@ ROWS, COLUMNS, CHANNELS, IMAGE_CHANNELS = 200, 168, 1088, 192
 STATIC = (torch.tensor([0.03]), torch.tensor([-11.0]), 8)
 
 
-def weight(n: int, channels: int, bits: int, window: tuple = ()) -> tuple[Tensor, ...]:
+def weight(n: int, channels: int, bits: int, window: tuple = (), groups: tuple = ()) -> tuple[Tensor, ...]:
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, channels, *window), dtype=torch.int8)
-    return pack(codes, bits, [channels]), torch.rand(1, n) * 1e-4, torch.randn(n), torch.randn(n).half()
+    groups = list(groups or (channels,))
+    return pack(codes, bits, groups), torch.rand(len(groups), n) * 1e-4, torch.randn(n), torch.randn(n).half()
 
 
 def codes(*shape: int) -> Tensor:
@@ -50,12 +52,15 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
     x, few, n, k = codes(ROWS, CHANNELS), codes(5, CHANNELS), COLUMNS, CHANNELS
     w, image, small = weight(n, k, bits), image_codes(2, IMAGE_CHANNELS, 9, 13), image_codes(2, 4, 9, 7)
     window, narrow = weight(n, IMAGE_CHANNELS, bits, (3, 3)), weight(17, 4, bits, (3, 3))
+    groups = (64, IMAGE_CHANNELS - 64)
+    split = weight(n, IMAGE_CHANNELS, bits, (1, 1), groups)
     several, wide = [weight(c, k, bits) for c in (40, n, 1)], weight(2 * 176, k, bits)
     dynamic = (torch.rand(ROWS, 1), torch.randint(-9, 9, (ROWS, 1)).float(), w[0], w[1] * 0.1)
     weight_sum = torch.randint(-99, 99, (1, n), dtype=torch.int32)
     floats, pixels = torch.randn(ROWS, k).half(), torch.randn(2, IMAGE_CHANNELS, 9, 13).bfloat16()
     steps, strided = ((1, 1), (0, 0), (1, 1)), ((2, 2), (0, 0), (2, 1))
     residual, columns = torch.randn(ROWS, n).half(), [list(v) for v in zip(*several, strict=True)]
+    image_residual = torch.randn(2, 9, 13, n).half().permute(0, 3, 1, 2)
     linear, conv = Linear(ROWS, n, k), Conv(2, 9, IMAGE_CHANNELS, n, 3)
     return {
         "linear": (linear, call.linear_int8, (x, *w, bits, [k], half, residual)),
@@ -66,6 +71,11 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
         "few rows": (Linear(5, n, k), call.linear_int8, (few, *w, bits, [k], half)),
         "conv2d": (conv, call.conv2d_int8, (image, *window, *steps, bits, [IMAGE_CHANNELS], half)),
         "conv2d, strided": (conv, call.conv2d_int8, (image, *window, *strided, bits, [IMAGE_CHANNELS], half)),
+        "conv2d of two groups": (
+            Conv(2, 9, IMAGE_CHANNELS, n, 1),
+            call.conv2d_int8,
+            (image, *split, *steps, bits, list(groups), half, image_residual),
+        ),
         "linear, GEGLU": (Linear(ROWS, 2 * 176, k), call.linear_int8_geglu, (x, *wide, bits, [k], half, *STATIC)),
         "linear, weight-only": (linear, call.linear_weight_only, (floats, w[0], w[1], w[3], bits, [k])),
         "conv2d, weight-only": (
@@ -136,12 +146,23 @@ def check(op: Callable, args: tuple) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=atol)
 
 
-def main(only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "") -> None:
+def share_of(launches: list, share: str) -> list:
+    """``1/3``: the first, the fourth, and so on; raises ``typer.BadParameter`` for what is no share."""
+    first, slash, every = share.partition("/")
+    if not (slash and first.isdecimal() and every.isdecimal() and 1 <= int(first) <= int(every)):
+        raise typer.BadParameter(f"a share is written as 1/3, 2/3 or 3/3; found {share!r}")
+    return launches[int(first) - 1 :: int(every)]
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "",
+    share: Annotated[str, typer.Option(help="Which of how many parts: 1/3 is every third launch.")] = "1/1",
+) -> None:
     """Launch everything once and compare it with the CPU."""
     require_gpu()
     others = [*quantizers(), *attentions()]
     launches = [*forced_products(), *((name, None, 1, op, args) for name, op, args in others)]
-    launches = [launch for launch in launches if only in launch[0]]
+    launches = share_of([launch for launch in launches if only in launch[0]], share)
     wrong = 0
     with torch.inference_mode():
         for name, kernel, splits, op, args in launches:

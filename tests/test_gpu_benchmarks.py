@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from expecttest import assert_expected_inline
 from original import TINY_CONFIG
 from rich.console import Console
@@ -291,6 +292,12 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
         "quantize_per_token", "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
         "short_attention_quantize",
     }  # fmt: skip
+    launches = list(range(8))
+    parts = [sanitize.share_of(launches, f"{i}/3") for i in (1, 2, 3)]
+    assert parts == [[0, 3, 6], [1, 4, 7], [2, 5]] and sanitize.share_of(launches, "1/1") == launches
+    for wrong in ("0/3", "4/3", "1", "a/3", "1/0", ""):
+        with pytest.raises(typer.BadParameter, match="a share is written as 1/3"):
+            sanitize.share_of(launches, wrong)
 
 
 # --- kernels chosen by the time of a step -----------------------------------------------------------------------------
