@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include "attention.cuh"
 
 namespace mixdq {
@@ -24,7 +23,6 @@ constexpr int kMostKeyWarps = 4;
 constexpr int kMostShared = 99 * 1024;  // sm_86 and sm_89 have no more
 constexpr int kRing = kRingChunks * kChunk * kPitch;  // elements of the keys in both stages; the values follow
 constexpr int kSumsPitch = kC + 8;                    // floats; rows of a fragment are in different banks
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Warps of a block: by rows of queries, and by keys.
 struct Shape {
@@ -64,25 +62,11 @@ struct Rows {
   float most[2] = {-kInfinity, -kInfinity};  // scaled score of rows g and g+8
   float sum[2] = {};                         // of this lane's columns
 
-  __device__ __forceinline__ void load(const T* rows) {
-#pragma unroll
-    for (int i = 0; i < kC / 16; ++i) read<cute::SM75_U32x4_LDSM_N>(rows + i * 16, q[i]);
-  }
-
   // One chunk.
   __device__ __forceinline__ void add(const T* keys, const T* values, int valid, float scale) {
     int lane = threadIdx.x % 32;
     float score[kChunk / 8][4] = {};
-#pragma unroll
-    for (int i = 0; i < kC / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < kChunk / 16; ++j) {
-        uint32_t k[4];
-        read<cute::SM75_U32x4_LDSM_N>(keys + j * 16 * kPitch + i * 16, k);
-        multiply<T>(q[i], k[0], k[2], score[2 * j]);
-        multiply<T>(q[i], k[1], k[3], score[2 * j + 1]);
-      }
-    }
+    multiply_keys(q, keys, score);
     if (valid < kChunk) {
 #pragma unroll
       for (int j = 0; j < kChunk / 8; ++j) {
@@ -100,15 +84,7 @@ struct Rows {
       p[j / 2][j % 2 * 2 + 1] = pair<T>(score[j][2], score[j][3]);
     }
 #pragma unroll
-    for (int j = 0; j < kChunk / 16; ++j) {
-#pragma unroll
-      for (int i = 0; i < kC / 16; ++i) {
-        uint32_t v[4];
-        read<cute::SM75_U16x8_LDSM_T>(values + j * 16 * kPitch + i * 16, v);
-        multiply<T>(p[j], v[0], v[1], out[2 * i]);
-        multiply<T>(p[j], v[2], v[3], out[2 * i + 1]);
-      }
-    }
+    for (int j = 0; j < kChunk / 16; ++j) multiply_values(p[j], values + j * 16 * kPitch, out);
   }
 
   // Scores to probabilities, up to the factor that all keys seen so far share.
@@ -241,7 +217,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
   Rows<T> found;
   cute::cp_async_wait<1>();
   __syncthreads();
-  found.load(q + warp_row * kRows * kPitch + place_of_lane());
+  read_queries(q + warp_row * kRows * kPitch + place_of_lane(), found.q);
   int chunk = warp_k;
 #pragma unroll 1
   for (int first = 0; first < chunks; first += kStageChunks) {

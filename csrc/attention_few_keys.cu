@@ -11,7 +11,6 @@
 // and so is what they add to a row's sum: probabilities times a column of ones, zero for them.
 #include <algorithm>
 #include <cstdio>
-#include <limits>
 #include "attention.cuh"
 
 namespace mixdq {
@@ -23,7 +22,6 @@ constexpr int kMostBlocks = 2;                   // at once on a multiprocessor
 // Keys, values, ones, and a tile of each warp.
 constexpr int shared_bytes(int warps) { return (2 * kKeys * kPitch + kKeys + warps * kRows * kPitch) * 2; }
 static_assert(shared_bytes(kMostWarps) <= 48 * 1024, "more has to be asked for");
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Starts the copy of all keys.
 template <class T>
@@ -65,23 +63,6 @@ __device__ __forceinline__ void copy_queries(const T* from, int64_t stride, int 
   }
 }
 
-// A lane's scores: keys 2t, 2t+1 of each eight, for rows g and g+8.
-template <class T>
-__device__ __forceinline__ void multiply_keys(const uint32_t (&q)[kC / 16][4], const T* keys,
-                                              float (&score)[kKeys / 8][4]) {
-  keys += place_of_lane();
-#pragma unroll
-  for (int i = 0; i < kC / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < kKeys / 16; ++j) {
-      uint32_t k[4];
-      read<cute::SM75_U32x4_LDSM_N>(keys + j * 16 * kPitch + i * 16, k);
-      multiply<T>(q[i], k[0], k[2], score[2 * j]);
-      multiply<T>(q[i], k[1], k[3], score[2 * j + 1]);
-    }
-  }
-}
-
 // Scores to fragments of probabilities, up to a factor of each row.
 template <class T>
 __device__ __forceinline__ void softmax(const float (&score)[kKeys / 8][4], float scale, uint32_t (&p)[kKeys / 16][4]) {
@@ -102,21 +83,15 @@ __device__ __forceinline__ void softmax(const float (&score)[kKeys / 8][4], floa
 
 // Products with the values, and with ones: two of a row's sum beside two of the other's.
 template <class T>
-__device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 16][4], const T* values, const T* ones,
-                                                float (&out)[kC / 8][4], float (&sum)[4]) {
+__device__ __forceinline__ void multiply_all(const uint32_t (&p)[kKeys / 16][4], const T* values, const T* ones,
+                                             float (&out)[kC / 8][4], float (&sum)[4]) {
   values += place_of_lane();
   ones += threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kKeys / 16; ++j) {
     auto one = [&](int k) { return *reinterpret_cast<const uint32_t*>(ones + j * 16 + k); };
     multiply<T>(p[j], one(0), one(8), sum);
-#pragma unroll
-    for (int i = 0; i < kC / 16; ++i) {
-      uint32_t v[4];
-      read<cute::SM75_U16x8_LDSM_T>(values + j * 16 * kPitch + i * 16, v);
-      multiply<T>(p[j], v[0], v[1], out[2 * i]);
-      multiply<T>(p[j], v[2], v[3], out[2 * i + 1]);
-    }
+    multiply_values(p[j], values + j * 16 * kPitch, out);
   }
 }
 
@@ -178,19 +153,18 @@ __global__ void __launch_bounds__(kMostWarps * 32, kMostBlocks) attend_few_keys(
   do {
     float score[kKeys / 8][4] = {}, found[kC / 8][4] = {}, sum[4] = {};
     uint32_t query[kC / 16][4];
-#pragma unroll
-    for (int i = 0; i < kC / 16; ++i) read<cute::SM75_U32x4_LDSM_N>(tile + place_of_lane() + i * 16, query[i]);
+    read_queries(tile + place_of_lane(), query);
     __syncwarp();
     copy_tile(row0 + step);
     cute::cp_async_fence();
-    multiply_keys(query, keys, score);
+    multiply_keys(query, keys + place_of_lane(), score);
     uint32_t probable[kKeys / 16][4];
     softmax<T>(score, p.scale, probable);
     if (row0 < step) {  // the first time
       cute::cp_async_wait<1>();
       __syncthreads();
     }
-    multiply_values(probable, values, ones, found, sum);
+    multiply_all(probable, values, ones, found, sum);
     write_rows<T>(found, sum, int(p.queries - row0), [&](int row, int channel, const Raw<T>& raw) {
       Out* to = out + (row0 + row) * p.out_stride[2] + channel;
       if constexpr (kCodes) {
