@@ -237,6 +237,13 @@ MISTAKES = [
         "group_norm_quantize",
     ),
     Mistake(
+        "a zero point that is no whole number is rounded with the code",
+        "codes.cuh",
+        r"if \(shifted_zero_point - kShift != zero_point\) shifted_zero_point = none;",
+        "",
+        "layer_norm_quantize",
+    ),
+    Mistake(
         "a code is rounded twice",
         "codes.cuh",
         r"return round\(q == q \? q : 0.f\)",
