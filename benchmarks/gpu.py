@@ -62,7 +62,7 @@ class Kernel:
         if self.name == "few_rows" and (layer.taps > 1 or layer.m > 16):
             return []
         steps = layer.taps * -(-channels // (64 if floating else 128))
-        if self.name.endswith("_sharing"):
+        if self.name.endswith(("_sharing", "_pairs")):
             return [s for s in (2, 4) if s <= self.max_splits]
         some = range(1, 9) if self.name.endswith("_split") else (1, 2, 4, 8)
         return [s for s in some if s <= self.max_splits and s <= steps]
@@ -73,6 +73,7 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}", 8) for tile in ("64x80", "128x64", "64x64", "128x16")),
     *(Kernel(f"sm90_{tile}_split", 8) for tile in ("128x128", "128x160")),
     *(Kernel(f"sm90_{tile}_sharing", 4) for tile in ("64x64", "64x160", "128x160")),
+    *(Kernel(f"sm90_{tile}_pairs", 2) for tile in ("64x160", "128x160")),
     *(Kernel(f"sm90_{tile}_packed") for tile in ("128x160", "64x160")),
     *(Kernel(f"sm90_{tile}_packed", 8) for tile in ("64x80", "128x64")),
     *(Kernel(f"sm90_{tile}_geglu") for tile in ("128x160", "64x160")),

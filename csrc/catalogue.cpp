@@ -98,10 +98,12 @@ Choice cheapest(std::string_view family, const Matmul& p, int arch, int sm_count
 
 // With GEGLU: the first kernel with two tiles for nearly every multiprocessor, else the one with the smallest tiles. The
 // arithmetic at the end of a tile is long, and only while another tile is multiplied does it take no time. Packed weights
-// are unpacked first only where no kernel reads them.
+// are unpacked first from so many rows on that it costs less than spreading them in every tile.
 Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only) {
+  constexpr int64_t kUnpackFrom = 2048;
   const auto& kernels = catalogue();
-  for (bool packed : {true, false}) {
+  const bool as_stored = p.m() < kUnpackFrom;
+  for (bool packed : {as_stored, !as_stored}) {
     Choice choice;
     int64_t most = 0;
     for (int i = 0; i < int(kernels.size()); ++i) {
@@ -238,6 +240,8 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x64_sharing", "sm90", 64, 64, 1, 4, false, false, true},
       {"sm90_64x160_sharing", "sm90", 64, 160, 1, 4, false, false, true},
       {"sm90_128x160_sharing", "sm90", 128, 160, 2, 4, false, false, true},
+      {"sm90_64x160_pairs", "sm90", 64, 160, 2, 2, false, false, true},
+      {"sm90_128x160_pairs", "sm90", 128, 160, 2, 2, false, false, true},
       {"sm90_128x160_packed", "sm90", 128, 160, 2, 1, true},
       {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},
       {"sm90_64x80_packed", "sm90", 64, 80, 1, 8, true},

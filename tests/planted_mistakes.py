@@ -29,8 +29,8 @@ MISTAKES = [
     Mistake(
         "a slot counts as empty one warp too early",
         MATMUL,
-        r"C::turns == Turns::ping_pong \? 4 :",
-        "C::turns == Turns::ping_pong ? 3 :",
+        r"C::kPingPong \? 4 :",
+        "C::kPingPong ? 3 :",
         "random_problems and sm90_128x128",
     ),
     Mistake(
@@ -50,7 +50,7 @@ MISTAKES = [
     Mistake(
         "the groups of a ping-pong kernel do not take turns",
         MATMUL,
-        r"if \(C::turns == Turns::ping_pong && index != int\(blockIdx.x\)\) await_turn\(group\);",
+        r"if \(C::kPingPong && index != int\(blockIdx.x\)\) await_turn\(group\);",
         "",
         "random_problems and sm90_128x160",
     ),
@@ -95,6 +95,13 @@ MISTAKES = [
         r"if \(lane < blocks\) EmptyBarrier",
         "if (lane == 0) EmptyBarrier",
         "random_problems and sm90_64x64_sharing",
+    ),
+    Mistake(
+        "a block is gone when the last slots are told to be empty",
+        "sm90/load.cuh",
+        r"for \(int i = 0; i < C::kStages; \+\+i, turn.step\(\)\) EmptyBarrier::wait\([^;]*;",
+        ";",
+        "random_problems and pairs",
     ),
     Mistake(
         "gates lie where the values are",

@@ -41,6 +41,7 @@ FORCED = [
     *(f"sm90_128x128_split:{splits}" for splits in (1, 2, 3, 6, 8)),
     *(f"sm90_128x160_split:{splits}" for splits in (2, 5, 7)),
     *(f"sm90_{tile}_sharing:{blocks}" for tile in ("64x64", "64x160", "128x160") for blocks in (1, 2, 4)),
+    *(f"sm90_{tile}_pairs:{blocks}" for tile in ("64x160", "128x160") for blocks in (1, 2)),
     *(f"sm90_{tile}_packed" for tile in ("128x160", "64x160")),
     *(f"sm90_{tile}_packed:{splits}" for tile in ("64x80", "128x64") for splits in (1, 2, 8)),
     *(f"sm80_{tile}" for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),

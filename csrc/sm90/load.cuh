@@ -148,6 +148,9 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
       if (kInputs) load_input(p, sm, turn.stage, m0, from, step);
     }
   }
+  if (kWeights && C::kSharing && !C::kOneTile) {  // the others' last releases arrive here: this block must not be gone
+    for (int i = 0; i < C::kStages; ++i, turn.step()) EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
+  }
 }
 
 // The warps that load, and those that spread packed weights.

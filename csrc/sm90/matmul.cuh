@@ -7,6 +7,7 @@
 //   there are few small tiles for many multiprocessors, large ones in many parts read less of the L2 cache.
 // sharing: one tile per block. The blocks of a cluster have tiles of the same columns, and each brings a share of the
 //   weights to all of them: small problems are bound by what multiprocessors read of the L2 cache.
+// pairs: persistent and ping-pong, and the blocks of a cluster share weights tile after tile.
 //
 // A warp for each operand loads it. Weights are loaded before the kernel ahead has ended, since no kernel writes them. A
 // convolution differs from a linear layer only in the coordinates of the input's tiles.
@@ -37,7 +38,7 @@ __device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>&
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       FullBarrier::init(sm.full(i), 2);  // the input's copy, and the weights' or the warp that spreads them
-      EmptyBarrier::init(sm.empty(i), C::turns == Turns::ping_pong ? 4 : C::kMathGroups * 4 * (C::kSharing ? p.splits : 1));
+      EmptyBarrier::init(sm.empty(i), (C::kPingPong ? 4 : C::kMathGroups * 4) * (C::kSharing ? p.splits : 1));
       if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
     }
     cutlass::arch::fence_barrier_init();
@@ -138,13 +139,13 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
   Staging<C> staging{sm.staging(group * 4 + threadIdx.x % kGroup / 32)};
   const Encoder encoder = C::kGeglu ? Encoder(*p.geglu.scale, *p.geglu.zero_point, p.geglu.bits) : Encoder(1.f, 0.f, 8);
   Turn<C> turn;
-  int mine = C::turns == Turns::ping_pong ? group : 0;  // tiles until this group's next turn
+  int mine = C::kPingPong ? group : 0;  // tiles until this group's next turn
   for (int index = blockIdx.x; index < tiles; index += stride) {
-    if (C::turns == Turns::ping_pong && mine-- != 0) {
+    if (C::kPingPong && mine-- != 0) {
       turn.next(r.count);
       continue;
     }
-    if (C::turns == Turns::ping_pong) mine = 1;
+    if (C::kPingPong) mine = 1;
     const Tile t = locate<C>(p, index);
     ColumnLoads<C> loads;
     loads.load(p.weights[t.weight], t.n0);
@@ -152,9 +153,9 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     EarlyResiduals<C> residuals;
     if (kEarlyResiduals<C> && p.bulk_out && p.residual) residuals.load(p, at, 0);
     Sums<C> sums;
-    if (C::turns == Turns::ping_pong && index != int(blockIdx.x)) await_turn(group);
-    const bool pass = C::turns == Turns::ping_pong && index + stride < tiles;
-    multiply(sm, turn, r, row0, sums, 1, pass ? 1 - group : -1);
+    if (C::kPingPong && index != int(blockIdx.x)) await_turn(group);
+    const bool pass = C::kPingPong && index + stride < tiles;
+    multiply(sm, turn, r, row0, sums, p.splits, pass ? 1 - group : -1);
     sync_group(group);  // every warp is done with the columns of the tile before
     loads.store(columns);
     sync_group(group);
@@ -258,13 +259,14 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   grid.threads = C::kThreads;
   grid.shared_bytes = C::kSharedBytes;
   const int tiles = p.tiles_m * p.tiles_n;
+  grid.cluster = splits;
   if (C::kOneTile) {
     grid.blocks = C::kSharing ? tiles : tiles * splits;
-    grid.cluster = splits;
     // Left to itself the GPU puts two blocks on a multiprocessor that the kernel ahead leaves early, while others idle.
     if (int(grid.blocks.x) <= on.sm_count) grid.shared_bytes = C::kAloneBytes;
   } else {
-    grid.blocks = tiles < on.sm_count ? tiles : on.sm_count;
+    const int most = on.sm_count / splits * splits;
+    grid.blocks = tiles < most ? tiles : most;
   }
   return launch(matmul<C>, grid, on, p);
 }

@@ -69,8 +69,9 @@ __device__ __forceinline__ void multiply_stage(const Shared<C>& sm, const Turn<C
 template <class C>
 __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, const Reduction& r, int row0, Sums<C>& sums,
                                          int blocks = 1, int next = -1) {
-  // A block that shares may end before the others: what nobody waits for is not told them.
-  const int released = C::kSharing ? r.count - C::kStages : r.count;
+  // A block that shares its only tile may end before the others: what nobody waits for is not told them.
+  constexpr bool kMayEnd = C::kSharing && C::kOneTile;
+  const int released = kMayEnd ? r.count - C::kStages : r.count;
   int before = 0, k = 0;
   auto end_step = [&] {
     if (k > 0 && k <= released) release(sm, before, blocks);
@@ -90,7 +91,7 @@ __device__ __forceinline__ void multiply(const Shared<C>& sm, Turn<C>& turn, con
   if (next >= 0) pass_turn(next);
   cute::warpgroup_wait<0>();
   fence_sums<C>(sums);
-  if (!C::kSharing) release(sm, before, blocks);
+  if (!kMayEnd) release(sm, before, blocks);
 }
 
 }  // namespace mixdq::sm90

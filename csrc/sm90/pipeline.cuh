@@ -18,7 +18,7 @@ constexpr int kGroup = 128;     // threads of a warpgroup
 // GEGLU computes with 16 values and their gates of a row at a time, as 16-bit floats in shared memory.
 constexpr int kPart = 16, kPartPitch = 4 * kPart;
 
-enum class Turns { single, sharing, ping_pong, cooperative };
+enum class Turns { single, sharing, ping_pong, pairs, cooperative };
 
 template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8, bool Geglu_ = false>
 struct Config {
@@ -30,8 +30,9 @@ struct Config {
   static constexpr bool kGeglu = Geglu_;
   // Columns of the output. Of GEGLU a tile has as many of the values, then the same ones of the gates.
   static constexpr int kTileOut = kGeglu ? TileN / 2 : TileN;
-  static constexpr bool kSharing = turns == Turns::sharing;
-  static constexpr bool kOneTile = turns == Turns::single || kSharing;  // of a block
+  static constexpr bool kPingPong = turns == Turns::ping_pong || turns == Turns::pairs;
+  static constexpr bool kSharing = turns == Turns::sharing || turns == Turns::pairs;
+  static constexpr bool kOneTile = turns == Turns::single || turns == Turns::sharing;  // of a block
   // A large tile that is split has a group for each 64 rows, as many threads as can to write and add up its sums.
   static constexpr bool kLarge = TileM * TileN > 128 * 64;
   static constexpr int kMathGroups = turns == Turns::single && !kLarge ? 1 : kOneTile ? TileM / 64 : 2;
@@ -40,7 +41,7 @@ struct Config {
   // stages than fit twice.
   static constexpr int kBlocksPerSm = kOneTile && !packed && !kLarge ? 2 : 1;
   // Rows of one math group, in blocks of the 64 that an instruction takes.
-  static constexpr int kBlocksM = (turns == Turns::ping_pong ? TileM : TileM / kMathGroups) / 64;
+  static constexpr int kBlocksM = (kPingPong ? TileM : TileM / kMathGroups) / 64;
 
   static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
   static constexpr int kInputBytes = TileM * kRowBytes;
