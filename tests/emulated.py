@@ -37,6 +37,8 @@ REPLACED = (
     "delete_device_guard",
     "get_current_cuda_stream",
     "empty_strided",
+    "cuda_caching_allocator_raw_alloc",
+    "cuda_caching_allocator_raw_delete",
 )
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-w", "-DUSE_CUDA", "-DMIXDQ_SM90=1"]
 # Rounding as on the GPU; values read under other types, which nvcc allows; jumps from stack to stack.

@@ -88,6 +88,10 @@ Call::Call(const char* op, const Tensor& x) : op_(op), guard_(device_index(x)) {
   on_ = {static_cast<cudaStream_t>(stream), device_, facts.sm_count, facts.arch, dependent_launches(facts.arch)};
 }
 
+Call::~Call() {
+  for (void* memory : scratch_) aoti_torch_cuda_caching_allocator_raw_delete(memory);
+}
+
 int Call::device_index(const Tensor& x) {
   int32_t type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
@@ -181,11 +185,9 @@ Tensor Call::empty_image(int64_t batch, int64_t channels, int64_t height, int64_
 }
 
 void* Call::scratch(int64_t bytes) {
-  int64_t stride = 1;
-  keep_.push_back(empty(&bytes, &stride, 1, dtypes().int8));
-  void* data;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(keep_.back().get(), &data));
-  return data;
+  scratch_.push_back(nullptr);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(bytes, &scratch_.back()));
+  return scratch_.back();
 }
 
 void Call::check(cudaError_t error, const char* what) const {

@@ -70,6 +70,8 @@ Rows merged_rows(const View& v);
 class Call {
  public:
   Call(const char* op, const Tensor& x);
+  ~Call();
+  Call(const Call&) = delete;
 
   const char* op() const { return op_; }
   const Stream& on() const { return on_; }
@@ -95,7 +97,8 @@ class Call {
   Tensor empty_rows(const View& like, int64_t last, int32_t dtype) const;
   // [batch, channels, height, width], channels-last.
   Tensor empty_image(int64_t batch, int64_t channels, int64_t height, int64_t width, int32_t dtype) const;
-  // Memory until the call ends; whatever the stream runs later may reuse it.
+  // Memory until the call ends; whatever the stream runs later may reuse it. Without a tensor around it, which would take
+  // the host as long as half a launch.
   void* scratch(int64_t bytes);
 
   void check(cudaError_t error, const char* what) const;
@@ -108,6 +111,7 @@ class Call {
   torch::stable::accelerator::DeviceGuard guard_;
   Stream on_;
   std::vector<Tensor> keep_;
+  std::vector<void*> scratch_;
   bool copied_weight_ = false;
 };
 

@@ -84,6 +84,17 @@ AOTITorchError emulated_empty_strided(int64_t dims, const int64_t* size, const i
   return aoti_torch__reinterpret_tensor(f.whole, dims, size, stride, fence, out);
 }
 
+AOTITorchError emulated_cuda_caching_allocator_raw_alloc(uint64_t bytes, void** data) {
+  const int64_t size = int64_t(bytes), one = 1;
+  AtenTensorHandle inside;
+  const int32_t byte = aoti_torch_dtype_int8(), cpu = aoti_torch_device_type_cpu();
+  if (auto error = emulated_empty_strided(1, &size, &one, byte, cpu, 0, &inside)) return error;
+  aoti_torch_get_data_ptr(inside, data);
+  return aoti_torch_delete_tensor_object(inside);
+}
+
+AOTITorchError emulated_cuda_caching_allocator_raw_delete(void*) { return AOTI_TORCH_SUCCESS; }  // with the fences
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
   const Device& d = kDevices[index];
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? d.arch / 10
