@@ -239,8 +239,6 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_128x160_split", "sm90", 128, 160, 2, 8, false},
       {"sm90_64x64_sharing", "sm90", 64, 64, 1, 4, false, false, true},
       {"sm90_64x160_sharing", "sm90", 64, 160, 1, 4, false, false, true},
-      {"sm90_128x160_sharing", "sm90", 128, 160, 2, 4, false, false, true},
-      {"sm90_64x160_pairs", "sm90", 64, 160, 2, 2, false, false, true},
       {"sm90_128x160_pairs", "sm90", 128, 160, 2, 2, false, false, true},
       {"sm90_128x160_packed", "sm90", 128, 160, 2, 1, true},
       {"sm90_64x160_packed", "sm90", 64, 160, 2, 1, true},

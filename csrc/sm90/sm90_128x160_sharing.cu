@@ -1,3 +1,0 @@
-#include "sm90/matmul.cuh"
-
-MIXDQ_SM90_INSTANCE(sm90_128x160_sharing, 128, 160, sharing, false)
