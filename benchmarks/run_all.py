@@ -98,12 +98,13 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     attention = script("attention.py", f"--out={out}/attention.json")
     tools, shares = ("memcheck", "racecheck", "initcheck", "synccheck"), ("1/4", "2/4", "3/4", "4/4")
     checkers = [checker(tool, share) for tool in tools for share in shares]
-    small = unet(512, 1, "w8a8-eager", "w8a16", "torchao-fp8", "torchao-int8", *(["plan"] if plan else []))
+    others = ("w8a8-eager", "w8a8-no-inductor", "w8a16", "torchao-fp8", "torchao-int8")
+    small = unet(512, 1, *others, *(["plan"] if plan else []))
     unets = [[*small, *([f"--plan={plan}"] if plan else [])], unet(1024, 8, "torchao-fp8")]
     # Side by side, compilers slow one another: what compiling takes is measured alone, then with caches that are full.
     starts = [bench(name, "--variants=float-compiled,w8a8", option, "--repeats=3") for name, option in
               (("cold", "--cold"), ("warm", "--no-cold"), ("warm", "--no-cold"))]  # fmt: skip
-    older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager,w8a8")]
+    older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager,w8a8-no-inductor,w8a8")]
     sensitivity = script("sensitivity.py", f"--out={out}/sensitivity.json")
     processes = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}", *sensitivity[1:]]
     return [

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 from mixdq_ao import siblings
 from mixdq_ao.attention import AUTO, BACKENDS
 from mixdq_ao.errors import UnsupportedError
-from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes
+from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes, use_operators
 from mixdq_ao.progress import track
 from mixdq_ao.tensor import InferenceOnly, MixDQTensor
+
+INDUCTOR, EAGER = "inductor", "eager"
 
 # Calls before a capture: the first compiles, and libraries that plan on first use (cuDNN, cuBLAS) settle.
 _WARM_UP_CALLS = 3
@@ -38,6 +40,7 @@ def compile(
     cuda_graphs: bool | str = "auto",
     passes: Passes | None = None,
     attention: str | None = AUTO,
+    backend: str = INDUCTOR,
     max_graphs: int = 8,
     copy_outputs: bool = True,
     options: dict | None = None,
@@ -59,6 +62,9 @@ def compile(
             size, measured at the first call; torch's ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"math"``, or our
             ``"mixdq"``, for 64 channels a head: that one, so that every process computes the same bits; None: the one
             that torch picks
+        backend: ``"inductor"`` generates code for what lies between our operators. ``"eager"`` runs the rewritten graph
+            operator by operator: nothing is generated, so that no compiler is needed and the first call takes seconds,
+            and a step is somewhat slower
         max_graphs: how many sizes to keep recorded; the one that was used longest ago goes first
         copy_outputs: give every call its own output. False saves a copy, but a call overwrites the output of the one
             before it with the same sizes
@@ -69,10 +75,14 @@ def compile(
     processors change. After changing anything else that ``forward`` depends on (say, ``enable_freeu``), call
     ``reset()``.
     """
-    if not hasattr(torch._inductor.config, "pre_grad_custom_pass"):
+    if backend not in (INDUCTOR, EAGER):
+        raise UnsupportedError(f"backend must be {INDUCTOR} or {EAGER}; found {backend!r}")
+    if backend == EAGER and options:
+        raise UnsupportedError(f"options are Inductor's, which backend={EAGER!r} does without; found {options}")
+    if backend == INDUCTOR and not hasattr(torch._inductor.config, "pre_grad_custom_pass"):
         raise UnsupportedError(
             f"mixdq_ao.compile needs Inductor's pre_grad_custom_pass, which torch {torch.__version__} lacks. "
-            "Use torch >= 2.11, or torch.compile(model, fullgraph=True), which is slower"
+            f"Use torch >= 2.11, backend={EAGER!r}, or torch.compile(model, fullgraph=True), which are slower"
         )
     if cuda_graphs not in (True, False, "auto"):
         raise UnsupportedError(f"cuda_graphs must be True, False or 'auto'; found {cuda_graphs!r}")
@@ -83,7 +93,7 @@ def compile(
     model = getattr(model, "_orig_mod", model)
     passes, options = passes or Passes(), options or {}
     settings = _Settings(
-        fullgraph, dynamic, cuda_graphs, passes, attention, max_graphs, copy_outputs, options, progress
+        fullgraph, dynamic, cuda_graphs, passes, attention, backend, max_graphs, copy_outputs, options, progress
     )
     return CompiledModel(model, settings)
 
@@ -99,6 +109,18 @@ def _inductor_options(fuse: FuseQuantizers) -> dict:
     return {"pre_grad_custom_pass": fuse, "unsafe_marked_cacheable_functions": names}
 
 
+def _operator_by_operator(fuse: FuseQuantizers) -> Callable:
+    """A backend of Dynamo's."""
+
+    def run(graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
+        fuse(graph_module.graph)
+        use_operators(graph_module.graph)
+        graph_module.recompile()
+        return graph_module.forward
+
+    return run
+
+
 @dataclass
 class _Settings:
     """The arguments of :func:`compile`."""
@@ -108,6 +130,7 @@ class _Settings:
     cuda_graphs: bool | str
     passes: Passes
     attention: str | None
+    backend: str
     max_graphs: int
     copy_outputs: bool
     options: dict
@@ -122,8 +145,11 @@ class CompiledModel(OptimizedModule):
 
     def __init__(self, model: nn.Module, settings: _Settings):
         fuse = FuseQuantizers(settings.passes, settings.attention)
-        options = {**_inductor_options(fuse), **settings.options}
-        optimized = torch.compile(model, fullgraph=settings.fullgraph, dynamic=settings.dynamic, options=options)
+        how = {"fullgraph": settings.fullgraph, "dynamic": settings.dynamic}
+        if settings.backend == EAGER:
+            optimized = torch.compile(model, backend=_operator_by_operator(fuse), **how)
+        else:
+            optimized = torch.compile(model, options={**_inductor_options(fuse), **settings.options}, **how)
         super().__init__(model, optimized.dynamo_ctx)
         self._settings, self._fuse = settings, fuse
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()

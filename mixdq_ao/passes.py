@@ -508,6 +508,12 @@ def _bind_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     return input, num_groups, weight, bias, eps
 
 
+def use_operators(graph: fx.Graph) -> None:
+    """Quantize by our operator everywhere, for a graph that nothing fuses any further."""
+    for node in calls(graph, quantize_traced):
+        replace_by_call(graph, node, quantize, node.args)
+
+
 def opaque(graph: fx.Graph, passes: Passes) -> int:
     """Where the input comes out of an operator that Inductor cannot fuse, a kernel of its own is needed anyway."""
     hits = 0

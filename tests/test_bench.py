@@ -282,7 +282,8 @@ def test_names_of_variants():
     assert names_of(["float", "fp16", "fp16-compiled", "float-max-autotune"]) == [
         "fp16", "fp16-compiled", "fp16-max-autotune"]  # fmt: skip
     assert names_of(["w8a8", "w8a8-eager", "w4a8-dynamic"]) == ["w8a8", "w8a8-eager", "w4a8-dynamic"]
-    assert names_of(["w8a8", "w8a8-eager"], compile=False) == ["w8a8-eager"]
+    assert names_of(["w8a8", "w8a8-eager", "w8a8-no-inductor"], compile=False) == ["w8a8-eager"]
+    assert names_of(["w4a8-no-inductor", "w8a16-no-inductor"]) == ["w4a8-no-inductor", "w8a16-no-inductor"]
     gpu = variants.default_names(torch.device("cuda"), compile=True, plan=True)
     assert gpu == ["float", "float-compiled", "torchao-int8", "torchao-fp8", "w8a8", "w4a8", "w8a16", "w4a16", "plan"]
     assert variants.default_names(CPU, compile=False, plan=False)[:3] == ["float", "torchao-int8", "w8a8"]
@@ -292,6 +293,9 @@ def test_names_of_variants():
     ("names", "message"),
     [
         (["w3a8"], "a variant is one of .*; found 'w3a8'"),
+        (["torchao-int8-no-inductor"], "a variant is one of .*; found 'torchao-int8-no-inductor'"),
+        (["float-no-inductor"], "a variant is one of .*; found 'float-no-inductor'"),
+        (["plan-no-inductor"], "the variant 'plan' needs --plan"),
         (["bf16-compiled"], "bf16-compiled: this run computes in fp16; give --dtype bf16"),
         (["plan"], "needs --plan"),
         ([], "nothing to measure"),

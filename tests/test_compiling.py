@@ -4,6 +4,7 @@ CUDA graphs have their own file, ``test_cuda_compile.py``.
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -95,10 +96,11 @@ def test_it_stands_for_the_model(tmp_path):
     assert graphs() == 0  # nothing is compiled before the first call
 
 
-def test_gradients_are_refused_and_not_wrong():
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_gradients_are_refused_and_not_wrong(backend):
     """What is not quantized, such as the residual path here, would give some of the gradient."""
     model = net()
-    compiled, x = mixdq_ao.compile(model), sample().requires_grad_()
+    compiled, x = mixdq_ao.compile(model, backend=backend), sample().requires_grad_()
     output = compiled(x, torch.tensor(10.0), return_dict=False)[0]
     torch.testing.assert_close(output.detach(), run(model, x, torch.tensor(10.0))["sample"], rtol=0, atol=1e-6)
     with pytest.raises(UnsupportedError, match="no backward pass"):
@@ -212,10 +214,11 @@ def test_many_sizes():
     assert graphs() == 4
 
 
-def test_new_parameters_are_used():
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_new_parameters_are_used(backend):
     """Replaced, changed in place, or given other activation parameters: never the old ones, never a sibling's."""
     model = net()
-    compiled = mixdq_ao.compile(model)
+    compiled = mixdq_ao.compile(model, backend=backend)
     same(model, compiled, sample(), torch.tensor(7.0))
     w = model.attn1["to_k"].weight
     other = MixDQTensor.from_float(torch.randn(16, 16), act_scale=w.act_scale * 2, act_zero_point=w.act_zero_point)
@@ -310,9 +313,9 @@ def test_passes_can_be_chosen():
 
 
 def test_copies():
-    compiled = mixdq_ao.compile(net(), max_graphs=3)
+    compiled = mixdq_ao.compile(net(), backend="eager", max_graphs=3)
     for other in (copy.deepcopy(compiled), copy.copy(compiled)):
-        assert other._settings.max_graphs == 3
+        assert (other._settings.max_graphs, other._settings.backend) == (3, "eager")
         same(compiled._orig_mod, other, sample(), torch.tensor(7.0))
 
 
@@ -322,11 +325,72 @@ def test_copies():
         ({"cuda_graphs": "always"}, "True, False or 'auto'; found 'always'"),
         ({"max_graphs": 0}, "at least 1; found 0"),
         ({"attention": "sage"}, "auto, flash, mixdq, cudnn, efficient, math or None; found 'sage'"),
+        ({"backend": "aot_eager"}, "inductor or eager; found 'aot_eager'"),
+        ({"backend": "eager", "options": {"max_autotune": True}}, "Inductor's.*found {'max_autotune': True}"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(UnsupportedError, match=message):
         mixdq_ao.compile(net(), **options)
+
+
+def operators(model) -> list[str]:
+    """Those that run in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(model, sample(), torch.tensor(7.0))
+    return [event.name for event in profile.events()]
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Inductor was asked")
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", refuse)
+
+
+def test_operator_by_operator(without_inductor):
+    model = net()
+    compiled = mixdq_ao.compile(model, backend="eager")
+    for tokens in (5, 7):
+        same(model, compiled, sample(tokens=tokens), torch.tensor(7.0))
+    assert graphs() == 2 and compiled.hits["merge"] == 1 and compiled.hits["layer_norm"] == 1
+    ours = [name for name in operators(compiled) if name.startswith("mixdq_ao::")]
+    assert ours == ["mixdq_ao::layer_norm_quantize", "mixdq_ao::linear_int8_multi"]
+
+
+def test_operator_by_operator_each_quantizer_is_one(without_inductor):
+    model = net()
+    compiled = mixdq_ao.compile(model, backend="eager", passes=Passes.none())
+    same(model, compiled, sample(), torch.tensor(7.0))
+    found = operators(compiled)
+    assert found.count("mixdq_ao::quantize") == found.count("mixdq_ao::linear_int8") == 3
+
+
+def test_operator_by_operator_of_any_size(without_inductor):
+    model = net()
+    compiled = mixdq_ao.compile(model, backend="eager", dynamic=True)
+    for tokens in (5, 7, 9):
+        same(model, compiled, sample(tokens=tokens), torch.tensor(7.0))
+    assert graphs() == 1
+
+
+def test_a_unet_operator_by_operator(without_inductor):
+    """Dynamic, weight-only and floating layers, which no pass rewrites, are called as they are."""
+    unet = micro_unet()
+    inputs = unet_inputs(size=8)
+    with observe(unet) as recorder:
+        run_unet(unet, **inputs)
+    names = list(families.layers_of(unet))
+    bits = {name: bits for name, bits in zip(names, itertools.cycle((8, 4, 2, 8, None)), strict=False)}
+    quantize_(unet, MixDQConfig(recorder.params(), bits))
+    expected = run_unet(unet, **inputs)
+    compiled = mixdq_ao.compile(unet, backend="eager")
+    torch.testing.assert_close(run_unet(compiled, **inputs), expected, rtol=0, atol=0)
+    assert compiled.hits["layers"] == sum(b is not None for b in bits.values())
+    quantize_(unet := micro_unet(), MixDQConfig(act_bits=8))
+    compiled = mixdq_ao.compile(unet, backend="eager")
+    torch.testing.assert_close(run_unet(compiled, **inputs), run_unet(unet, **inputs), rtol=0, atol=0)
 
 
 def test_cuda_graphs_where_there_are_none():
@@ -337,8 +401,9 @@ def test_cuda_graphs_where_there_are_none():
 
 def test_another_torch(monkeypatch):
     monkeypatch.delattr(torch._inductor.config, "pre_grad_custom_pass")
-    with pytest.raises(UnsupportedError, match="Use torch >= 2.11"):
+    with pytest.raises(UnsupportedError, match="Use torch >= 2.11, backend='eager'"):
         mixdq_ao.compile(net())
+    mixdq_ao.compile(net(), backend="eager")
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash", "math"])

@@ -36,10 +36,10 @@ def unet(quantized):
     return copy.deepcopy(quantized)
 
 
-@pytest.fixture(scope="module")
-def compiled(quantized):
+@pytest.fixture(scope="module", params=["inductor", "eager"])
+def compiled(quantized, request):
     """Compiled once for all tests that leave it as it is."""
-    return mixdq_ao.compile(copy.deepcopy(quantized))
+    return mixdq_ao.compile(copy.deepcopy(quantized), backend=request.param)
 
 
 def close(expected, found) -> None:

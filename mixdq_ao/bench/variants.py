@@ -18,12 +18,14 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FLOAT = "float"
 PLAN = "plan"
 EAGER = "-eager"
+NO_INDUCTOR = "-no-inductor"
 MAX_AUTOTUNE = "-max-autotune"
 COMPILED = "-compiled"
 NAMES = (
     "float, float-compiled, float-max-autotune (or fp16, ... in the run's dtype), torchao-int8, torchao-int8-weight, "
     "torchao-fp8, w8a8, w4a8, w8a16, w4a16 (any of 8, 4, 2 and 16, 8, 4; -dynamic behind it for dynamic activations), "
-    "plan; -eager behind a quantized one leaves it uncompiled"
+    "plan; -eager behind a quantized one leaves it uncompiled, -no-inductor behind one of ours compiles it operator by "
+    "operator (mixdq_ao.compile's backend='eager')"
 )
 _OURS = re.compile(r"w(8|4|2)a(16|8|4)(-dynamic)?")
 # torch._int_mm on a GPU wants more than 16 rows, the fp8 product weights in multiples of 16; torchao does not ask.
@@ -68,7 +70,11 @@ def with_plan(names: Sequence[str]) -> list[str]:
 
 
 def _asks_plan(names: Sequence[str]) -> bool:
-    return PLAN in {name.removesuffix(EAGER) for name in names}
+    return PLAN in {_base(name) for name in names}
+
+
+def _base(name: str) -> str:
+    return name.removesuffix(EAGER).removesuffix(NO_INDUCTOR)
 
 
 def parse_variants(
@@ -108,20 +114,20 @@ def _parse(name: str, dtype: torch.dtype, bits, plan, whole: bool, compile: bool
             return Variant(own + suffix, name, None, way)
         if name.removesuffix(suffix) in DTYPES and name.endswith(suffix):
             raise MixDQError(f"{name}: this run computes in {own}; give --dtype {name.removesuffix(suffix)}")
-    base = name.removesuffix(EAGER)
-    eager = not compile or base != name
-    label = f"{Path(plan).stem if base == PLAN else base}{EAGER if eager else ''}"
-    if base in _TORCHAO:
-        return Variant(label, name, _TORCHAO[base], None if eager else _torchao_compile)
-    match = _OURS.fullmatch(base)
-    if base != PLAN and match is None:
+    base = _base(name)
+    suffix = name.removeprefix(base) if compile else EAGER
+    label = f"{Path(plan).stem if base == PLAN else base}{suffix}"
+    if base in _TORCHAO and suffix in ("", EAGER):
+        return Variant(label, name, _TORCHAO[base], None if suffix else _torchao_compile)
+    match = _OURS.fullmatch(base) if suffix in _OUR_WAYS else None
+    if match is None and (base != PLAN or suffix not in _OUR_WAYS):
         raise MixDQError(f"a variant is one of {NAMES}; found {name!r}")
     if base == PLAN:
         quantize = _planned(bits, whole)
     else:
         act = int(match[2])
         quantize = _uniform(int(match[1]), None if act == 16 else act, dynamic=bool(match[3]))
-    return Variant(label, name, quantize, None if eager else _our_compile)
+    return Variant(label, name, quantize, _OUR_WAYS[suffix])
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -148,6 +154,13 @@ def _planned(plan: BitPlan, whole: bool):
 def _our_compile(model: nn.Module) -> nn.Module:
     # The graph is captured by whoever measures, in the same way for every variant.
     return compiling.compile(model, cuda_graphs=False, progress=False)
+
+
+def _our_compile_without_inductor(model: nn.Module) -> nn.Module:
+    return compiling.compile(model, cuda_graphs=False, progress=False, backend=compiling.EAGER)
+
+
+_OUR_WAYS = {"": _our_compile, EAGER: None, NO_INDUCTOR: _our_compile_without_inductor}
 
 
 # --- others' ----------------------------------------------------------------------------------------------------------
