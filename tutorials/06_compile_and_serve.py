@@ -48,7 +48,7 @@ for call in "first", "second":
     found = run(compiled)
 print(f"rewrites: {dict(compiled.hits)}; largest difference to eager: {(found - expected).abs().max():.1e}")
 
-# The same rewrites without generated code need no C++ compiler and start in seconds. A GPU then takes longer for a step.
+# The same rewrites without generated code need no C++ compiler and start in seconds; on a GPU a step takes longer.
 print("first call of the UNet that runs operator by operator:")
 found = run(mixdq_ao.compile(unet, backend="eager"))
 print(f"largest difference to eager: {(found - expected).abs().max():.1e}")
