@@ -24,7 +24,10 @@ def save_compile_cache(path) -> None:
     """
     saved = torch.compiler.save_cache_artifacts()
     if saved is None or saved[1].empty():
-        raise MixDQError("nothing was compiled in this process. Run the compiled model once, then save the cache")
+        raise MixDQError(
+            "no code was generated in this process. Run the compiled model once, then save the cache; with "
+            "backend='eager' there is none to keep"
+        )
     data = torch.frombuffer(bytearray(saved[0]), dtype=torch.uint8)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
     write_tensors(path, {_ARTIFACTS: data}, header | _machine())

@@ -56,7 +56,8 @@ class Passes:
         geglu_product: GEGLU and quantize in the product that computes the value and its gate
         attention_quantize: quantize in the operator that computes attention, where a backend is chosen at all: our own
             writes codes
-        opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with
+        opaque: quantize by our operator where Inductor has nothing to fuse the quantizer with; without Inductor that is
+            everywhere, whatever is said here
         max_merged: as many layers in one product at most
     """
 
@@ -509,7 +510,13 @@ def _bind_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def use_operators(graph: fx.Graph) -> None:
-    """Quantize by our operator everywhere, for a graph that nothing fuses any further."""
+    """Whole operators instead of aten arithmetic, for a graph that nothing fuses any further."""
+    for node in calls(graph, linear):
+        xq, w, bias, _, text = node.args
+        if text is not None:  # the eager layer writes the known row by itself; that it quantizes again costs less
+            replace_by_call(graph, node, layers.linear, (text, w, bias))
+            if not xq.users:
+                graph.erase_node(xq)
     for node in calls(graph, quantize_traced):
         replace_by_call(graph, node, quantize, node.args)
 

@@ -289,11 +289,13 @@ def test_names_of_variants():
     assert variants.default_names(CPU, compile=False, plan=False)[:3] == ["float", "torchao-int8", "w8a8"]
 
 
+@pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["w3a8"], "a variant is one of .*; found 'w3a8'"),
         (["torchao-int8-no-inductor"], "a variant is one of .*; found 'torchao-int8-no-inductor'"),
+        (["w8a8-no-inductor-eager"], "a variant is one of .*; found 'w8a8-no-inductor-eager'"),
         (["float-no-inductor"], "a variant is one of .*; found 'float-no-inductor'"),
         (["plan-no-inductor"], "the variant 'plan' needs --plan"),
         (["bf16-compiled"], "bf16-compiled: this run computes in fp16; give --dtype bf16"),
@@ -301,9 +303,9 @@ def test_names_of_variants():
         ([], "nothing to measure"),
     ],
 )
-def test_names_that_mean_nothing(names, message):
+def test_names_that_mean_nothing(names, message, compile):
     with pytest.raises(MixDQError, match=message):
-        variants.parse_variants(names, torch.float16)
+        variants.parse_variants(names, torch.float16, compile=compile)
 
 
 @pytest.mark.parametrize(("name", "kind", "bits"), [("w4a8", "static", 4), ("w8a8-dynamic", "dynamic", 8),

@@ -6,6 +6,7 @@ CUDA graphs have their own file, ``test_cuda_compile.py``.
 import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -115,10 +116,11 @@ def test_gradients_are_refused_and_not_wrong(backend):
         compiled(sample(), torch.tensor(10.0))["sample"].sum().backward()
 
 
-def test_a_floating_model_keeps_its_gradients():
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_a_floating_model_keeps_its_gradients(backend):
     torch.manual_seed(0)
     model, x = Net(), sample().requires_grad_()
-    mixdq_ao.compile(model)(x, torch.tensor(10.0))["sample"].sum().backward()
+    mixdq_ao.compile(model, backend=backend)(x, torch.tensor(10.0))["sample"].sum().backward()
     found, x.grad = x.grad, None
     model(x, torch.tensor(10.0))["sample"].sum().backward()
     torch.testing.assert_close(found, x.grad)
@@ -312,10 +314,11 @@ def test_passes_can_be_chosen():
     assert "merge" not in compiled.hits and compiled.hits["share"] == 2
 
 
-def test_copies():
-    compiled = mixdq_ao.compile(net(), backend="eager", max_graphs=3)
-    for other in (copy.deepcopy(compiled), copy.copy(compiled)):
-        assert (other._settings.max_graphs, other._settings.backend) == (3, "eager")
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_copies(backend):
+    compiled = mixdq_ao.compile(net(), backend=backend, max_graphs=3)
+    for other in (copy.deepcopy(compiled), copy.copy(compiled), pickle.loads(pickle.dumps(compiled))):
+        assert (other._settings.max_graphs, other._settings.backend) == (3, backend)
         same(compiled._orig_mod, other, sample(), torch.tensor(7.0))
 
 
@@ -346,7 +349,7 @@ def without_inductor(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Inductor was asked")
 
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", refuse)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)  # which nothing may have imported yet
 
 
 def test_operator_by_operator(without_inductor):
@@ -365,6 +368,32 @@ def test_operator_by_operator_each_quantizer_is_one(without_inductor):
     same(model, compiled, sample(), torch.tensor(7.0))
     found = operators(compiled)
     assert found.count("mixdq_ao::quantize") == found.count("mixdq_ao::linear_int8") == 3
+
+
+class Text(nn.Module):
+    """A layer that knows its first row, and is alone in reading the text at its width."""
+
+    def __init__(self, known: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, bos = nn.Linear(16, 8), sample()[0, 0].clone() if known else None
+        weight = MixDQTensor.from_float(
+            self.layer.weight, act_scale=0.03, act_zero_point=3.0, bos_input=bos, bos_output=torch.ones(8)
+        )
+        self.layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, sample, timestep):
+        return self.layer(sample)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["bos_input", "always"])
+def test_operator_by_operator_a_known_row_is_no_launch_of_its_own(known, without_inductor):
+    model = Text(known)
+    compiled = mixdq_ao.compile(model, backend="eager")
+    found = run(compiled, sample(), torch.tensor(7.0))
+    assert torch.equal(found, run(model, sample(), torch.tensor(7.0)))
+    assert (found[:, 0] == 1).all(-1).tolist() == [True, not known]
+    assert [name for name in operators(compiled) if "mixdq_ao::" in name] == ["mixdq_ao::quantized_linear"]
 
 
 def test_operator_by_operator_of_any_size(without_inductor):

@@ -115,12 +115,13 @@ def _parse(name: str, dtype: torch.dtype, bits, plan, whole: bool, compile: bool
         if name.removesuffix(suffix) in DTYPES and name.endswith(suffix):
             raise MixDQError(f"{name}: this run computes in {own}; give --dtype {name.removesuffix(suffix)}")
     base = _base(name)
-    suffix = name.removeprefix(base) if compile else EAGER
+    asked = name.removeprefix(base)
+    suffix = asked if compile else EAGER
     label = f"{Path(plan).stem if base == PLAN else base}{suffix}"
-    if base in _TORCHAO and suffix in ("", EAGER):
+    if base in _TORCHAO and asked in ("", EAGER):
         return Variant(label, name, _TORCHAO[base], None if suffix else _torchao_compile)
-    match = _OURS.fullmatch(base) if suffix in _OUR_WAYS else None
-    if match is None and (base != PLAN or suffix not in _OUR_WAYS):
+    match = _OURS.fullmatch(base)
+    if asked not in _OUR_WAYS or (match is None and base != PLAN):
         raise MixDQError(f"a variant is one of {NAMES}; found {name!r}")
     if base == PLAN:
         quantize = _planned(bits, whole)
