@@ -122,7 +122,7 @@ MISTAKES = [
         "sm90/multiply.cuh",
         r"row0 \* kBytes",
         "row0 * kRowBytes",
-        "random_problems and sm90_64x160_sharing or random_problems and pairs",
+        "random_problems and sm90_256x128 or random_problems and sm90_128x160_split",
     ),
     Mistake(
         "the corner of a dilated window",
