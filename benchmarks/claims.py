@@ -70,6 +70,10 @@ def unet_claims(results: dict[str, Results]) -> Iterator[Claim]:
         found = results[name].row(variant, batch) if name in results else None
         return None if found is None or found.error or found.nonfinite else found
 
+    def seconds(name: str, variant: str) -> float | None:
+        found = row(name, variant)
+        return found and found.compile_s
+
     for variant, needed in (("w8a8", SPEEDUPS), ("w4a8", dict.fromkeys(SIZES, 1.25))):
         for size, batch in SIZES:
             name = f"{size}px_batch{batch}"
@@ -95,13 +99,9 @@ def unet_claims(results: dict[str, Results]) -> Iterator[Claim]:
     activation = _ratio(w8a8 and w8a8.activation, compiled and compiled.activation)
     yield Claim("activation memory of W8A8, of compiled fp16's", activation, 1.0, most=True)
     # Each by itself or, where that was not measured, side by side, which slows both.
-    alone = [
-        _ratio(*(found and found.compile_s for found in (row(name, "w8a8"), row(name, "fp16-compiled"))))
-        for name in ("cold", "1024px_batch1")
-    ]
-    yield Claim("compile time of W8A8, of fp16's", alone[0] or alone[1], 1.5, most=True)
-    cold, warm = row("cold", "w8a8"), row("warm", "w8a8")
-    again = _ratio(warm and warm.compile_s, cold and cold.compile_s)
+    ratios = [_ratio(seconds(name, "w8a8"), seconds(name, "fp16-compiled")) for name in ("cold", "1024px_batch1")]
+    yield Claim("compile time of W8A8, of fp16's", next(filter(None, ratios), None), 1.5, most=True)
+    again = _ratio(seconds("warm", "w8a8"), seconds("cold", "w8a8"))
     yield Claim("warm start of W8A8, of its compile time", again, 1 / 3, most=True)
 
 

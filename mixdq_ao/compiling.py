@@ -63,8 +63,8 @@ def compile(
             ``"mixdq"``, for 64 channels a head: that one, so that every process computes the same bits; None: the one
             that torch picks
         backend: ``"inductor"`` generates code for what lies between our operators. ``"eager"`` runs the rewritten graph
-            operator by operator: nothing is generated, so that no compiler is needed and the first call takes seconds,
-            and a step is somewhat slower
+            operator by operator: nothing is generated, so that no compiler is needed and the first call takes a third
+            of the time; a step takes a little longer
         max_graphs: how many sizes to keep recorded; the one that was used longest ago goes first
         copy_outputs: give every call its own output. False saves a copy, but a call overwrites the output of the one
             before it with the same sizes
@@ -82,7 +82,7 @@ def compile(
     if backend == INDUCTOR and not hasattr(torch._inductor.config, "pre_grad_custom_pass"):
         raise UnsupportedError(
             f"mixdq_ao.compile needs Inductor's pre_grad_custom_pass, which torch {torch.__version__} lacks. "
-            f"Use torch >= 2.11, backend={EAGER!r}, or torch.compile(model, fullgraph=True), which are slower"
+            f"Use torch >= 2.11; or backend={EAGER!r} or torch.compile(model, fullgraph=True), which are slower"
         )
     if cuda_graphs not in (True, False, "auto"):
         raise UnsupportedError(f"cuda_graphs must be True, False or 'auto'; found {cuda_graphs!r}")
