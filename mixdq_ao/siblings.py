@@ -87,4 +87,5 @@ def _adjacent(tensors: list[Tensor]) -> list[Tensor]:
     if len(tensors) < 2 or follow or not fits or len({t.dtype for t in tensors}) > 1:
         return tensors
     parts = torch.cat([t.flatten() for t in tensors]).split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    # As tensors of their own: Dynamo would trace the base of every view as well.
+    return [part.view(t.shape).data for part, t in zip(parts, tensors, strict=True)]

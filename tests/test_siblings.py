@@ -129,6 +129,7 @@ def test_packing_moves_memory_and_nothing_else(unet, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(before[name], (w.int_repr(), w.alpha, w.beta), strict=True))
     qkv = [unet.get_submodule(name).weight for name in QKV]
     assert all(adjacent([getattr(w, part) for w in qkv]) for part in ("qdata", "alpha", "beta"))
+    assert not any(getattr(w, part)._is_view() for w in qkv for part in ("qdata", "alpha", "beta"))
     assert torch.equal(run_unet(unet, **unet_inputs()), expected) and list(unet.state_dict()) == names
 
 
