@@ -33,6 +33,9 @@ from mixdq_ao.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, LOG, STEPS = "tuning_table.inc", "log.txt", "steps.json"
 SHORTEST = 20.0  # seconds; with less left a step is not begun
+# Where torch lies in a folder that cannot be written, each process would compile Python's sources anew: a second or two
+# of every first call.
+BYTECODE = {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "mixdq_ao_bytecode")}
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     def checker(tool: str, share: str) -> list[str]:
         options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
         options += ["--check-api-memory-access", "no"] if tool == "initcheck" else []
-        # What it cannot follow, see there.
-        without = ["--without=packed", "--without=floating"] if tool == "racecheck" else []
-        return ["compute-sanitizer", *options, *script("sanitize.py", f"--share={share}", *without)]
+        return ["compute-sanitizer", *options, *script("sanitize.py", f"--share={share}")]
 
     tests = [
         [*side_by_side, kernel_tests, "tests/test_attention_kernel.py", f"--deselect={kernel_tests}::{alone}"],
@@ -189,7 +190,7 @@ def run_all(todo: Sequence[Step], out: Path, seconds: float, facts: dict, consol
         else:
             console.print(f"{step.name}: {step.what}; up to {left:.0f} s", highlight=False)
             tuned = (out / TABLE).exists() and step.name != "tune"
-            settings = {"MIXDQ_TUNING_TABLE": str(out / TABLE)} if tuned else {}
+            settings = BYTECODE | ({"MIXDQ_TUNING_TABLE": str(out / TABLE)} if tuned else {})
             ended.append(run_step(step, left, out / LOG, settings))
             e = ended[-1]
             console.print(f"  {e.how}, {e.seconds:.0f} s: {e.last}", highlight=False, markup=False)

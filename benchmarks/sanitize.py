@@ -1,8 +1,7 @@
 """One small launch of everything in the CUDA library, for NVIDIA's checker of memory accesses and races.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 \\
-        python benchmarks/sanitize.py --without packed --without floating
+    compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
     compute-sanitizer --tool initcheck --check-api-memory-access no --error-exitcode 1 python benchmarks/sanitize.py
 
 Sizes are such that no tile is full and rows end in the middle of a vector. Inputs are made and results are checked on
@@ -10,9 +9,7 @@ the CPU, so that few kernels but ours run. ``--only sm90`` takes what has that i
 launch: a checker keeps one core of the CPU busy, and several may run side by side.
 
 initcheck does not see what bulk copies (TMA) write, and would call every output that leaves by them uninitialized when
-it is copied to the host: with that option it looks at what kernels read. racecheck follows a barrier only for threads
-that arrive at it themselves. In kernels that spread packed weights one lane arrives for its warp, and two warps that
-write a stage one after the other look like a race (benchmarks/NOTES.md): ``--without`` leaves them out.
+it is copied to the host: with that option it looks at what kernels read.
 """
 
 import os
@@ -165,7 +162,6 @@ def share_of(launches: list, share: str) -> list:
 
 def main(
     only: Annotated[str, typer.Option(help="Run what has this in its name.")] = "",
-    without: Annotated[list[str] | None, typer.Option(help="Leave out what has this in its name.")] = None,
     share: Annotated[str, typer.Option(help="Which of how many parts: 1/4 is every fourth launch.")] = "1/1",
 ) -> None:
     """Launch everything once and compare it with the CPU."""
@@ -173,8 +169,7 @@ def main(
     torch.set_num_threads(1)
     others = [*quantizers(), *attentions()]
     launches = [*forced_products(), *((name, None, 1, op, args) for name, op, args in others)]
-    launches = [x for x in launches if only in x[0] and not any(word in x[0] for word in without or ())]
-    launches = share_of(launches, share)
+    launches = share_of([x for x in launches if only in x[0]], share)
     wrong = 0
     with torch.inference_mode():
         for name, kernel, splits, op, args in launches:

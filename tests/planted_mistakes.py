@@ -48,6 +48,13 @@ MISTAKES = [
         "random_problems and sm90_64x160_packed",
     ),
     Mistake(
+        "a stage counts as spread one lane too early",
+        MATMUL,
+        r"C::packed \? 1 \+ 32 :",
+        "C::packed ? 32 :",
+        "random_problems and sm90_64x80_packed",
+    ),
+    Mistake(
         "the groups of a ping-pong kernel do not take turns",
         MATMUL,
         r"if \(C::kPingPong && index != int\(blockIdx.x\)\) await_turn\(group\);",

@@ -37,7 +37,8 @@ template <class C>
 __device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>& sm) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      FullBarrier::init(sm.full(i), 2);  // the input's copy, and the weights' or the warp that spreads them
+      // The input's copy, and the weights' or each lane of the warp that spreads them.
+      FullBarrier::init(sm.full(i), C::packed ? 1 + 32 : 2);
       EmptyBarrier::init(sm.empty(i), (C::kPingPong ? 4 : C::kMathGroups * 4) * (C::kSharing ? p.splits : 1));
       if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
     }
