@@ -33,9 +33,6 @@ from mixdq_ao.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, LOG, STEPS = "tuning_table.inc", "log.txt", "steps.json"
 SHORTEST = 20.0  # seconds; with less left a step is not begun
-# Where torch lies in a folder that cannot be written, each process would compile Python's sources anew: a second or two
-# of every first call.
-BYTECODE = {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "mixdq_ao_bytecode")}
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def run_all(todo: Sequence[Step], out: Path, seconds: float, facts: dict, consol
         else:
             console.print(f"{step.name}: {step.what}; up to {left:.0f} s", highlight=False)
             tuned = (out / TABLE).exists() and step.name != "tune"
-            settings = BYTECODE | ({"MIXDQ_TUNING_TABLE": str(out / TABLE)} if tuned else {})
+            settings = {"MIXDQ_TUNING_TABLE": str(out / TABLE)} if tuned else {}
             ended.append(run_step(step, left, out / LOG, settings))
             e = ended[-1]
             console.print(f"  {e.how}, {e.seconds:.0f} s: {e.last}", highlight=False, markup=False)
@@ -217,7 +214,11 @@ def main(
         todo = [step for step in todo if step.name in wanted]
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=150)
-    ended = run_all(todo, out, minutes * 60, environment(), console)
+    # Where torch lies in a folder that cannot be written, each process would compile Python's sources anew: a second or
+    # two of every first call.
+    with tempfile.TemporaryDirectory() as bytecode:
+        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+        ended = run_all(todo, out, minutes * 60, environment(), console)
     show(console, ended)
     if any(e.how != "ok" for e in ended):
         raise SystemExit(1)

@@ -67,7 +67,7 @@ __device__ __forceinline__ void sync_group(int group) {
   } else if constexpr (C::kGroupThreads == 32) {
     __syncwarp();
   } else {
-#pragma unroll  // barriers whose number the compiler knows are 2 % faster
+#pragma unroll  // with a number that the compiler knows a barrier is faster: 4 % for 64x64
     for (int i = 0; i < C::kGroups; ++i) {
       if (group == i) cutlass::arch::NamedBarrier::sync(C::kGroupThreads, i);
     }
