@@ -4,15 +4,17 @@ import warnings
 
 import torch
 
+from mixdq_ao import precompiled
 from mixdq_ao._version import __version__
 from mixdq_ao.checkpoint import check_format
 from mixdq_ao.errors import MixDQError
 from mixdq_ao.files import TensorFile, write_tensors
 
 FORMAT = "mixdq_ao.compile_cache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 _ARTIFACTS = "artifacts"
+_STEP = "step."
 
 
 def save_compile_cache(path) -> None:
@@ -22,15 +24,18 @@ def save_compile_cache(path) -> None:
     in it; a CPU's kernels are not, which g++ then compiles anew, unless torch finds them in the folder that
     ``TORCHINDUCTOR_CACHE_DIR`` names. Raises ``MixDQError`` where nothing was compiled.
     """
+    files = {_STEP + name: data for name, data in precompiled.used_files().items()}
     saved = torch.compiler.save_cache_artifacts()
-    if saved is None or saved[1].empty():
+    if saved is not None and not saved[1].empty():
+        files[_ARTIFACTS] = saved[0]
+    if not files:
         raise MixDQError(
             "no code was generated in this process. Run the compiled model once, then save the cache; with "
             "backend='eager' there is none to keep"
         )
-    data = torch.frombuffer(bytearray(saved[0]), dtype=torch.uint8)
+    tensors = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    write_tensors(path, {_ARTIFACTS: data}, header | _machine())
+    write_tensors(path, tensors, header | _machine())
 
 
 def load_compile_cache(path) -> bool:
@@ -48,10 +53,15 @@ def load_compile_cache(path) -> bool:
     if other:
         warnings.warn(f"{path} is left alone, everything is compiled anew: {'; '.join(other)}", stacklevel=2)
         return False
-    if file.entries.keys() != {_ARTIFACTS} or file.entries[_ARTIFACTS].dtype != torch.uint8:
-        file.fail(_ARTIFACTS, "must be the one tensor of the file, of bytes")
-    if torch.compiler.load_cache_artifacts(file.read(_ARTIFACTS).numpy().tobytes()) is None:
-        file.fail(_ARTIFACTS, "must be what torch.compiler.save_cache_artifacts gives")
+    for name, entry in file.entries.items():
+        if entry.dtype != torch.uint8 or not (name == _ARTIFACTS or precompiled.is_name(name.removeprefix(_STEP))):
+            file.fail(name, f"must be {_ARTIFACTS}, or {_STEP} and the name of a compiled step, and of bytes")
+    for name in file.entries:
+        data = file.read(name).numpy().tobytes()
+        if name != _ARTIFACTS:
+            precompiled.keep_file(name.removeprefix(_STEP), data)
+        elif torch.compiler.load_cache_artifacts(data) is None:
+            file.fail(_ARTIFACTS, "must be what torch.compiler.save_cache_artifacts gives")
     return True
 
 

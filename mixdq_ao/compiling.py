@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import sys
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mixdq_ao import siblings
 from mixdq_ao.attention import AUTO, BACKENDS
 from mixdq_ao.errors import UnsupportedError
 from mixdq_ao.passes import FUNCTIONS, FuseQuantizers, Passes, use_operators
+from mixdq_ao.precompiled import NotKeptError, Step, Steps
 from mixdq_ao.progress import track
 from mixdq_ao.tensor import InferenceOnly, MixDQTensor
 
@@ -43,6 +45,7 @@ def compile(
     backend: str = INDUCTOR,
     max_graphs: int = 8,
     copy_outputs: bool = True,
+    cache: bool | str = "auto",
     options: dict | None = None,
     progress: bool | None = None,
 ) -> "CompiledModel":
@@ -68,12 +71,15 @@ def compile(
         max_graphs: how many sizes to keep recorded; the one that was used longest ago goes first
         copy_outputs: give every call its own output. False saves a copy, but a call overwrites the output of the one
             before it with the same sizes
+        cache: keep each compiled step in Inductor's folder, so that the next process loads it in seconds instead of
+            tracing the model again: ``"auto"`` where CUDA graphs are recorded, True everywhere, False never, which
+            leaves Inductor's own cache. What cannot be kept is compiled all the same, with a warning if this is True
         progress: say on stderr that a size is being compiled; None: if that is a terminal
 
     A quantized model runs without gradients, whatever the caller's mode: it has no backward pass, and asking for one is
     an error. A recorded graph is dropped when parameters are replaced or moved, and when adapters or attention
-    processors change. After changing anything else that ``forward`` depends on (say, ``enable_freeu``), call
-    ``reset()``.
+    processors change, and so is a step that was loaded. After changing anything else that ``forward`` depends on (say,
+    ``enable_freeu``), call ``reset()``.
     """
     if backend not in (INDUCTOR, EAGER):
         raise UnsupportedError(f"backend must be {INDUCTOR} or {EAGER}; found {backend!r}")
@@ -86,6 +92,13 @@ def compile(
         )
     if cuda_graphs not in (True, False, "auto"):
         raise UnsupportedError(f"cuda_graphs must be True, False or 'auto'; found {cuda_graphs!r}")
+    if cache not in (True, False, "auto"):
+        raise UnsupportedError(f"cache must be True, False or 'auto'; found {cache!r}")
+    if cache is True and (backend == EAGER or not fullgraph or dynamic is not False):
+        raise UnsupportedError(
+            f"cache=True needs backend={INDUCTOR!r}, fullgraph=True and dynamic=False; "
+            f"found {backend!r}, {fullgraph} and {dynamic}. Change that, or use cache='auto'"
+        )
     if attention not in (None, AUTO, *BACKENDS):
         raise UnsupportedError(f"attention must be {AUTO}, {', '.join(BACKENDS)} or None; found {attention!r}")
     if max_graphs < 1:
@@ -93,7 +106,7 @@ def compile(
     model = getattr(model, "_orig_mod", model)
     passes, options = passes or Passes(), options or {}
     settings = _Settings(
-        fullgraph, dynamic, cuda_graphs, passes, attention, backend, max_graphs, copy_outputs, options, progress
+        fullgraph, dynamic, cuda_graphs, passes, attention, backend, max_graphs, copy_outputs, cache, options, progress
     )
     return CompiledModel(model, settings)
 
@@ -133,6 +146,7 @@ class _Settings:
     backend: str
     max_graphs: int
     copy_outputs: bool
+    cache: bool | str
     options: dict
     progress: bool | None
 
@@ -142,16 +156,21 @@ class CompiledModel(OptimizedModule):
 
     # Declared here, so that OptimizedModule keeps them on the wrapper instead of giving them to the model.
     _settings = _fuse = _graphs = _seen = _watch = _pool = _stream = _timestep_position = _quantized = None
+    _steps = _found = None
 
     def __init__(self, model: nn.Module, settings: _Settings):
-        fuse = FuseQuantizers(settings.passes, settings.attention)
+        fuse, steps = FuseQuantizers(settings.passes, settings.attention), None
         how = {"fullgraph": settings.fullgraph, "dynamic": settings.dynamic}
         if settings.backend == EAGER:
             optimized = torch.compile(model, backend=_operator_by_operator(fuse), **how)
         else:
-            optimized = torch.compile(model, options={**_inductor_options(fuse), **settings.options}, **how)
+            options = {**_inductor_options(fuse), **settings.options}
+            optimized = torch.compile(model, options=options, **how)
+            if settings.cache is not False and settings.fullgraph and settings.dynamic is False:
+                steps = Steps(fuse, options)
         super().__init__(model, optimized.dynamo_ctx)
-        self._settings, self._fuse = settings, fuse
+        self._settings, self._fuse, self._steps = settings, fuse, steps
+        self._found: dict[tuple, Step | None] = {}
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._seen: set[tuple] = set()
         parameters = list(inspect.signature(model.forward).parameters)
@@ -167,7 +186,8 @@ class CompiledModel(OptimizedModule):
 
     @property
     def hits(self) -> Counter:
-        """How often each rewrite was made in the graph compiled last; from torch 2.12 on empty if a cache had it."""
+        """How often each rewrite was made in the graph compiled or loaded last; without ``cache``, from torch 2.12 on
+        empty if Inductor's cache had it."""
         return self._fuse.hits
 
     @property
@@ -176,9 +196,10 @@ class CompiledModel(OptimizedModule):
         return len(self._graphs)
 
     def reset(self) -> None:
-        """Drop every CUDA graph, and look at the model's parameters again. Compiled code stays."""
+        """Drop every CUDA graph, and look at the model again. Compiled code stays, and is used where it fits."""
         self._graphs.clear()
         self._seen.clear()
+        self._found.clear()
         self._watch = None
 
     def state_dict(self, *args, **kwargs):
@@ -204,8 +225,7 @@ class CompiledModel(OptimizedModule):
     def _run(self, args: tuple, kwargs: dict, leaves: list, spec):
         key = _key(leaves, spec)
         if not self._wants_graph(leaves):
-            with self._compiling(key):
-                return super().__call__(*args, **kwargs)
+            return self._call(key, args, kwargs, self._settings.cache is True)
         graph = self._graphs.get(key)
         if graph is None:
             while len(self._graphs) >= self._settings.max_graphs:
@@ -260,6 +280,28 @@ class CompiledModel(OptimizedModule):
             raise UnsupportedError(f"cuda_graphs=True: {found[0]}. Change that, or use cuda_graphs='auto'")
         return not found
 
+    def _call(self, key: tuple, args: tuple, kwargs: dict, kept: bool):
+        step = self._step(key, args, kwargs) if kept and self._steps is not None else None
+        if step is not None:
+            return step.run(self._orig_mod, args, kwargs)
+        with self._compiling(key):
+            return super().__call__(*args, **kwargs)
+
+    def _step(self, key: tuple, args: tuple, kwargs: dict) -> Step | None:
+        """The kept step for these arguments; None where torch.compile has to do."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        numbers: dict[int, int] = {}
+        key = key, *((t.stride(), numbers.setdefault(id(t), len(numbers))) for t in tensors)
+        if key not in self._found:
+            try:
+                step = self._found[key] = self._steps.find(self._orig_mod, args, kwargs)
+                self._fuse.hits = Counter(step.hits)
+            except NotKeptError as error:
+                if self._settings.cache is True or error.__cause__ is not None:
+                    warnings.warn(f"a compiled step is not kept for other processes: {error}", stacklevel=2)
+                self._found[key] = None
+        return self._found[key]
+
     @contextlib.contextmanager
     def _compiling(self, key: tuple):
         """A call that may have to compile first."""
@@ -283,15 +325,16 @@ class CompiledModel(OptimizedModule):
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self._compiling(key):
+        kept = self._settings.cache is not False
+        with torch.cuda.stream(stream):
             for _ in track(range(_WARM_UP_CALLS), f"Compiling for {sizes}", show=show):
-                super().__call__(*args, **kwargs)
+                self._call(key, args, kwargs, kept)
                 stream.synchronize()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The outer one restores the caller's stream also where the capture fails.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            output = super().__call__(*args, **kwargs)
+            output = self._call(key, args, kwargs, kept)
         return _Graph(graph, static, output)
 
 

@@ -88,7 +88,7 @@ def test_compiled_variants_are_the_baseline(config, monkeypatch):
     assert found.speedup(base) == 1 and base.compile_s > 0
     assert found.speedup(ours) == pytest.approx(base.latency.median / ours.latency.median)
     # Whoever measures captures the graph, in the same way for all.
-    assert compiled == [{}, {"cuda_graphs": False, "progress": False}]
+    assert compiled == [{}, {"cuda_graphs": False, "cache": True, "progress": False}]
 
 
 def test_a_variant_that_fails_is_a_row_with_the_reason(config, monkeypatch):

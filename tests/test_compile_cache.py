@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.compiler._cache import CacheInfo
 
-from mixdq_ao import CheckpointError, MixDQError, compile_cache, load_compile_cache, save_compile_cache
+from mixdq_ao import CheckpointError, MixDQError, compile_cache, load_compile_cache, precompiled, save_compile_cache
 from mixdq_ao.files import write_tensors
 
 IN_ANOTHER_PROCESS = """
@@ -19,25 +19,29 @@ from torch._dynamo.utils import counters
 import mixdq_ao
 from test_compiling import net, run, sample
 loaded = mixdq_ao.load_compile_cache({file!r}) if {load} else False
-run(mixdq_ao.compile(net()), sample(), torch.tensor(7.0))
+run(mixdq_ao.compile(net(), cache={cache}), sample(), torch.tensor(7.0))
 if not loaded:
     mixdq_ao.save_compile_cache({file!r})
 print(loaded, *(counters["inductor"]["fxgraph_cache_" + kind] for kind in ("miss", "hit")),
-      counters["aot_autograd"]["autograd_cache_hit"])
+      counters["aot_autograd"]["autograd_cache_hit"], counters["stats"]["unique_graphs"])
 """
 
 
-def test_another_process_compiles_nothing_again(tmp_path):
+@pytest.mark.parametrize(
+    "cache, first, second", [(False, "1 0 0 1", "0 1 1 1"), (True, "0 0 0 1", "0 0 0 0")], ids=["Inductor's", "whole"]
+)
+def test_another_process_compiles_nothing_again(tmp_path, cache, first, second):
     def run(load: bool) -> list[str]:
         """In a process that finds nothing in torch's own folder."""
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{load}")}
-        code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent), file=str(tmp_path / "unet.cache"), load=load)
+        names = {"tests": str(Path(__file__).parent), "file": str(tmp_path / "unet.cache")}
+        code = IN_ANOTHER_PROCESS.format(**names, load=load, cache=cache)
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert run(load=False) == ["False", "1", "0", "0"]
-    assert run(load=True) == ["True", "0", "1", "1"]
+    assert run(load=False) == ["False", *first.split()]
+    assert run(load=True) == ["True", *second.split()]
 
 
 @pytest.fixture
@@ -47,6 +51,7 @@ def file(tmp_path, monkeypatch):
     info = CacheInfo()
     info.artifacts["inductor"].append("a key")
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"bytes", info))
+    monkeypatch.setattr(precompiled, "_used", {})
     save_compile_cache(path)
     return path
 
@@ -65,8 +70,12 @@ def test_files_that_are_no_cache(file, tmp_path, caplog):
         load_compile_cache(file)
     header = {"format": compile_cache.FORMAT, "format_version": compile_cache.FORMAT_VERSION}
     write_tensors(tmp_path / "other", {"x": torch.zeros(3)}, header | compile_cache._machine())
-    with pytest.raises(CheckpointError, match="the one tensor of the file"):
+    with pytest.raises(CheckpointError, match="'x': must be artifacts, or step. and the name"):
         load_compile_cache(tmp_path / "other")
+    for name in ("step.../../evil", "step." + "0" * 63, "step." + "0" * 64 + "/x"):
+        write_tensors(tmp_path / "other", {name: torch.zeros(3, dtype=torch.uint8)}, header | compile_cache._machine())
+        with pytest.raises(CheckpointError, match="the name of a compiled step"):
+            load_compile_cache(tmp_path / "other")
     write_tensors(tmp_path / "model", {"x": torch.zeros(3)}, {})
     with pytest.raises(CheckpointError, match="must be 'mixdq_ao.compile_cache'"):
         load_compile_cache(tmp_path / "model")
@@ -74,6 +83,7 @@ def test_files_that_are_no_cache(file, tmp_path, caplog):
 
 def test_nothing_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
+    monkeypatch.setattr(precompiled, "_used", {})
     with pytest.raises(MixDQError, match="Run the compiled model once.*backend='eager'"):
         save_compile_cache(tmp_path / "unet.cache")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,10 @@
 """``mixdq_ao.compile`` on a CUDA device: one recorded graph for each size, which never gives anything stale."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +26,17 @@ def inputs(**options) -> dict:
     return on_cuda(unet_inputs(dtype=torch.float16, **options))
 
 
-@pytest.fixture(scope="module")
-def quantized():
+def quantized_unet() -> nn.Module:
     unet = tiny_sdxl_unet(layers_per_block=1).cuda()
     with observe(unet) as recorder:
         run_unet(unet, **on_cuda(unet_inputs()))
     quantize_(unet, MixDQConfig(recorder.params()))
     return unet.half()
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return quantized_unet()
 
 
 @pytest.fixture
@@ -142,6 +150,34 @@ def test_adapters_are_noticed(unet):
         close(run_unet(unet, **x), run_unet(fast, **x))
     unet.disable_adapters()
     close(before, run_unet(fast, **x))
+
+
+IN_ANOTHER_PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from torch._dynamo.utils import counters
+import mixdq_ao
+from models import run_unet
+from test_cuda_compile import close, inputs, quantized_unet
+unet = quantized_unet()
+compiled = mixdq_ao.compile(unet)
+for options in ({{"seed": 1}}, {{"seed": 2}}, {{"seed": 1, "batch": 2}}):
+    close(run_unet(unet, **inputs(**options)), run_unet(compiled, **inputs(**options)))
+print(counters["stats"]["unique_graphs"], compiled.recorded, compiled.hits["layers"])
+"""
+
+
+def test_another_process_traces_nothing_and_records_what_was_compiled(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent))
+
+    def output() -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first, second = output(), output()
+    assert first[0] == "2" and second == ["0", *first[1:]]
 
 
 def test_static_output_without_copies(unet):

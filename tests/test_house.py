@@ -39,6 +39,8 @@ summary
 integrations._imports
 integrations.diffusers integrations.peft integrations.torchao
 integrations
+describing
+precompiled
 compiling exporting compile_cache
 <method>
 report

@@ -154,7 +154,7 @@ def _planned(plan: BitPlan, whole: bool):
 
 def _our_compile(model: nn.Module) -> nn.Module:
     # The graph is captured by whoever measures, in the same way for every variant.
-    return compiling.compile(model, cuda_graphs=False, progress=False)
+    return compiling.compile(model, cuda_graphs=False, cache=True, progress=False)
 
 
 def _our_compile_without_inductor(model: nn.Module) -> nn.Module:
