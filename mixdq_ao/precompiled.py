@@ -79,6 +79,8 @@ class Steps:
             name = describe(self._all_it_depends_on(model, args, kwargs))
         except IndescribableError as error:
             raise NotKeptError(str(error)) from None
+        except Exception as error:  # of something that another torch has elsewhere: it can still compile
+            raise NotKeptError(f"what it depends on cannot be read: {first_line(error)}") from error
         if name not in self._steps:
             self._steps[name] = _load(name) or self._compile(name, model, args, kwargs)
         return self._steps[name]
@@ -86,11 +88,11 @@ class Steps:
     def _all_it_depends_on(self, model: nn.Module, args: tuple, kwargs: dict) -> list:
         options = {key: value for key, value in self._options.items() if value is not self._fuse}
         devices = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        hardware = [torch.cuda.get_device_properties(d) if d.type == "cuda" else platform.machine() for d in devices]
+        gpus = [torch.cuda.get_device_properties(device) for device in devices if device.type == "cuda"]
         cuda, sdp = torch.backends.cuda, ("flash", "mem_efficient", "math", "cudnn")
         return [
             [__version__, torch.__version__, torch.version.git_version, platform.python_version()],
-            sorted(f"{p.name} {p.major}.{p.minor}" if hasattr(p, "major") else p for p in hardware),
+            [torch.backends.cpu.get_cpu_capability(), {f"{gpu.name} {gpu.major}.{gpu.minor}" for gpu in gpus}],
             [self._fuse.uuid(), options],
             [config.save_config_portable() for config in (torch._inductor.config, torch._functorch.config)],
             [torch.get_default_dtype(), torch.get_float32_matmul_precision()],
@@ -120,12 +122,13 @@ class Steps:
 
 def why_not() -> str:
     """Why this process keeps no steps; empty if it does."""
+    stance = getattr(torch._dynamo.eval_frame, "_stance", None)  # of which torch says nothing in public
     reasons = {
         f"torch {torch.__version__} has no torch.compiler.load_compiled_function": not hasattr(
             torch.compiler, "load_compiled_function"
         ),
         "torch.compile is switched off": torch._dynamo.config.disable
-        or torch._dynamo.eval_frame._stance.stance != "default",
+        or getattr(stance, "stance", "default") != "default",
         "torch's caches are switched off": torch._inductor.config.force_disable_caches,
         "Inductor's config has passes of its own": any(getattr(torch._inductor.config, name, None) for name in _PASSES),
         "gradients are on; call it under torch.no_grad() or torch.inference_mode()": torch.is_grad_enabled(),

@@ -218,6 +218,13 @@ def test_where_aot_compile_fails(folder, monkeypatch):
     assert torch.equal(y["sample"], run(net(), sample(), STEP)["sample"])
 
 
+def test_another_torch_that_has_things_elsewhere(monkeypatch):
+    monkeypatch.delattr(torch, "get_float32_matmul_precision")
+    with pytest.warns(UserWarning, match="what it depends on cannot be read: .*get_float32_matmul_precision"):
+        y = run(compiled(nn.Hardsigmoid(), cuda_graphs=False), sample())
+    assert torch.equal(y, nn.functional.hardsigmoid(sample()))
+
+
 def test_an_error_of_the_model_is_its_own(folder):
     with pytest.warns(UserWarning, match="aot_compile failed"), pytest.raises(Exception, match="(?i)size|shape|expand"):
         run(compiled(), torch.randn(2, 5, 7), STEP)
