@@ -24,8 +24,12 @@ _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NAMED = (type, types.ModuleType, enum.Enum, types.BuiltinFunctionType)
 _NAMED += (types.MethodDescriptorType, types.WrapperDescriptorType)
 
-# Of a configuration: where it came from and, in random order, what was not said there. No forward reads them.
-_UNREAD = ("_name_or_path", "_commit_hash", "_use_default_values")
+# No forward reads them: where a configuration came from, and in random order what was not said there; and what
+# torch.compile leaves on a model.
+_UNREAD = ("_name_or_path", "_commit_hash", "_use_default_values", "_is_torch_compile")
+
+# Dynamo wraps these methods of nn.Module as soon as it compiles one. What they have made of a module is read from it.
+_UNREAD_OF_CLASSES = ("__init__", "__setstate__", "___needs_generation_tag_patch", "__dict__", "__weakref__")
 
 
 class IndescribableError(Exception):
@@ -66,7 +70,7 @@ def _describe_module(module: types.ModuleType) -> str:
     description.add_names(names)
     for value in names.values():
         if isinstance(value, type) and value.__module__ == module.__name__:
-            description.add_names({k: v for k, v in vars(value).items() if k not in ("__dict__", "__weakref__")})
+            description.add_names({k: v for k, v in vars(value).items() if k not in _UNREAD_OF_CLASSES})
     return description.digest()
 
 
@@ -112,7 +116,7 @@ class _Description:
         if isinstance(value, Tensor):
             self._add_tensor(value)
         elif isinstance(value, Mapping):
-            self._add_items({k: v for k, v in value.items() if k not in _UNREAD})
+            self._add_items(value)
         elif isinstance(value, list | tuple):
             for part in value:
                 self.add(part)
@@ -145,8 +149,9 @@ class _Description:
 
     def _add_items(self, items: Mapping) -> None:
         for key, value in items.items():
-            self.add(key)
-            self.add(value)
+            if key not in _UNREAD:
+                self.add(key)
+                self.add(value)
 
     def _add_attributes(self, value) -> None:
         slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import unet_inputs
 from pipelines import micro_unet
 from test_compiling import net
 from torch import nn
@@ -22,6 +23,7 @@ IN_ANOTHER_PROCESS = """
 import sys
 sys.path.insert(0, {tests!r})
 from diffusers.models import attention_processor
+from models import unet_inputs
 from pipelines import micro_unet
 from test_compiling import net
 from mixdq_ao.describing import describe, describe_code
@@ -212,6 +214,17 @@ def test_what_code_keeps_for_itself_does_not_count(module):
     sys.modules["of_a_test"].kept["y"] = 1
     assert describe_code(["of_a_test"]) == before
     assert describe_code(["not_there"]) == {"not_there": ""}
+
+
+def test_compiling_changes_nothing():
+    """Another variant may have been compiled in this process before, or not."""
+    modules = [name for name in sys.modules if name.startswith("torch.nn.") or name == "mixdq_ao.precompiled"]
+    before, model = describe_code(modules), micro_unet()
+    description = describe(model)
+    with torch.no_grad():
+        torch.compile(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), fullgraph=True)(torch.ones(2, 3))
+        torch.compile(model, backend="eager")(**unet_inputs(size=8))
+    assert describe_code(modules) == before and describe(model) == description
 
 
 def test_another_attention_shows(monkeypatch):
