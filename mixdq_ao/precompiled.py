@@ -6,11 +6,14 @@ description of model, arguments and settings (``describing``), which names the f
 traced, which is written in it. Files lie in Inductor's folder, and like all of that are programs to be trusted.
 """
 
+import builtins
+import importlib
 import io
 import json
 import platform
 import re
 import tempfile
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -152,8 +155,12 @@ def keep_file(name: str, data: bytes) -> None:
         file.write(data)
 
 
-def _step(model: nn.Module, args: tuple, kwargs: dict):
+def _call(model: nn.Module, args: tuple, kwargs: dict):
     return model(*args, **kwargs)
+
+
+# With globals of its own, to which Dynamo adds modules; and torch 2.11 looks for builtins nowhere else.
+_step = types.FunctionType(_call.__code__, {**vars(builtins), "__name__": __name__, "__builtins__": builtins})
 
 
 def _path(name: str) -> Path:
@@ -174,11 +181,22 @@ def _keep(name: str, step: Step) -> None:
         step.run.save_compiled_function(str(saved))
         data = torch.frombuffer(bytearray(saved.read_bytes()), dtype=torch.uint8)
     traced = {source.module for source in step.run.source_info().inlined_sources}
-    described = {"code": describe_code(traced.union(_ALWAYS)), "hits": step.hits}
+    described = {"code": describe_code(traced.union(_ALWAYS)), "hits": step.hits, "modules": _named_by_dynamo()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
     path = _new_path(name)
     write_tensors(path, {_STEP: data}, header | {key: json.dumps(value) for key, value in described.items()})
     _used[name] = path
+
+
+def _named_by_dynamo() -> dict[str, str]:
+    """The modules among the globals of :func:`_step`, under names of Dynamo's own.
+
+    It puts them there while it compiles, for instance to make the dataclass that a model returns; aot_compile leaves it
+    to whoever loads a step to have them.
+    """
+    return {
+        n: v.__name__ for n, v in _step.__globals__.items() if isinstance(v, types.ModuleType) and v is not builtins
+    }
 
 
 def _load(name: str) -> Step | None:
@@ -189,10 +207,12 @@ def _load(name: str) -> Step | None:
     try:
         file = TensorFile(path)
         check_format(file, FORMAT, FORMAT_VERSION)
-        code, hits = (parse_json(path, key, file.metadata[key]) for key in ("code", "hits"))
+        code, hits, modules = (parse_json(path, key, file.metadata[key]) for key in ("code", "hits", "modules"))
         if describe_code(code) != code:
             return None
-        run = torch.compiler.load_compiled_function(io.BytesIO(file.read(_STEP).numpy().tobytes()))
+        data = io.BytesIO(file.read(_STEP).numpy().tobytes())
+        modules = {name: importlib.import_module(module) for name, module in modules.items()}
+        run = torch.compiler.load_compiled_function(data, f_globals={**vars(builtins), **modules})
     except Exception as error:
         warnings.warn(f"{path} cannot be used, the step is compiled anew: {first_line(error)}", stacklevel=2)
         return None

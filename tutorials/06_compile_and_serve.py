@@ -42,7 +42,7 @@ expected = run(unet)
 
 # 1. Compile. The first call of each size compiles; on a GPU it also records a CUDA graph. For a pipeline:
 #    pipe.unet = mixdq_ao.compile(pipe.unet)
-compiled = mixdq_ao.compile(unet)
+compiled = mixdq_ao.compile(unet, cache=True)
 for call in "first", "second":
     print(f"{call} call of the compiled UNet:")
     found = run(compiled)
@@ -53,8 +53,11 @@ print("first call of the UNet that runs operator by operator:")
 found = run(mixdq_ao.compile(unet, backend="eager"))
 print(f"largest difference to eager: {(found - expected).abs().max():.1e}")
 
-# 2. Keep the compiled code. Another process, or another machine of the same kind, loads it before its first call. On
-#    one machine torch's own folder (TORCHINDUCTOR_CACHE_DIR) does the same.
+# 2. Keep the compiled code. Where CUDA graphs are recorded, or with cache=True, each step is a file in torch's folder
+#    (TORCHINDUCTOR_CACHE_DIR), and whoever compiles such a model next loads it, here or in another process.
+print("first call of another UNet like it:")
+run(mixdq_ao.compile(unet, cache=True))
+#    For another machine of the same kind, all of it goes into one file, to be loaded there before the first call.
 mixdq_ao.save_compile_cache("unet.cache")
 print(f"the cache fits this machine: {mixdq_ao.load_compile_cache('unet.cache')}")
 
