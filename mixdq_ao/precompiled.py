@@ -53,10 +53,14 @@ class NotKeptError(Exception):
 
 @dataclass
 class Step:
-    """A compiled step: ``run(model, args, kwargs)``, for any model that is described by the same."""
+    """A compiled step: ``run(model, args, kwargs)``, for any model that is described by the same.
+
+    ``hits`` is how often each rewrite was made, ``code`` the description of what was traced.
+    """
 
     run: Callable[[nn.Module, tuple, dict], object]
     hits: Counter[str]
+    code: dict[str, str]
 
 
 class Steps:
@@ -84,9 +88,10 @@ class Steps:
             raise NotKeptError(str(error)) from None
         except Exception as error:  # of something that another torch has elsewhere: it can still compile
             raise NotKeptError(f"what it depends on cannot be read: {first_line(error)}") from error
-        if name not in self._steps:
-            self._steps[name] = _load(name) or self._compile(name, model, args, kwargs)
-        return self._steps[name]
+        step = self._steps.get(name)
+        if step is None or describe_code(step.code) != step.code:
+            step = self._steps[name] = _load(name) or self._compile(name, model, args, kwargs)
+        return step
 
     def _all_it_depends_on(self, model: nn.Module, args: tuple, kwargs: dict) -> list:
         options = {key: value for key, value in self._options.items() if value is not self._fuse}
@@ -115,7 +120,8 @@ class Steps:
             run = compiled.aot_compile(((model, args, kwargs), {}))
         except Exception as error:
             raise NotKeptError(f"torch's aot_compile failed: {first_line(error)}") from error
-        step = Step(run, Counter(self._fuse.hits))
+        traced = {source.module for source in run.source_info().inlined_sources}
+        step = Step(run, Counter(self._fuse.hits), describe_code(traced.union(_ALWAYS)))
         try:
             _keep(name, step)
         except Exception as error:
@@ -180,8 +186,7 @@ def _keep(name: str, step: Step) -> None:
         saved = Path(folder) / _STEP
         step.run.save_compiled_function(str(saved))
         data = torch.frombuffer(bytearray(saved.read_bytes()), dtype=torch.uint8)
-    traced = {source.module for source in step.run.source_info().inlined_sources}
-    described = {"code": describe_code(traced.union(_ALWAYS)), "hits": step.hits, "modules": _named_by_dynamo()}
+    described = {"code": step.code, "hits": step.hits, "modules": _named_by_dynamo()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
     path = _new_path(name)
     write_tensors(path, {_STEP: data}, header | {key: json.dumps(value) for key, value in described.items()})
@@ -217,4 +222,4 @@ def _load(name: str) -> Step | None:
         warnings.warn(f"{path} cannot be used, the step is compiled anew: {first_line(error)}", stacklevel=2)
         return None
     _used[name] = path
-    return Step(run, Counter(hits))
+    return Step(run, Counter(hits), code)

@@ -166,11 +166,13 @@ def test_after_a_change_reset_finds_the_other_step(folder):
 
 def test_code_that_changed_is_compiled_anew(folder, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid())
-    x = torch.randn(3, 4)
-    run(compiled(model), x)
+    fast, x = compiled(model), torch.randn(3, 4)
+    run(fast, x)
     monkeypatch.setattr(nn.Hardsigmoid, "forward", lambda self, y: y * 0 + 5)
     assert torch.equal(run(compiled(model), x), torch.full((3, 4), 5.0))
     assert (steps(folder), traced()) == (1, 2)
+    fast.reset()
+    assert torch.equal(run(fast, x), torch.full((3, 4), 5.0)) and traced() == 2
 
 
 @pytest.mark.parametrize("broken", [b"", b"no safetensors file at all", "metadata", "a step"])
