@@ -13,8 +13,7 @@ from mixdq_ao.files import TensorFile, write_tensors
 FORMAT = "mixdq_ao.compile_cache"
 FORMAT_VERSION = "2"
 
-_ARTIFACTS = "artifacts"
-_STEP = "step."
+_ARTIFACTS = "artifacts"  # beside compiled steps, each under its own name
 
 
 def save_compile_cache(path) -> None:
@@ -24,7 +23,7 @@ def save_compile_cache(path) -> None:
     in it; a CPU's kernels are not, which g++ then compiles anew, unless torch finds them in the folder that
     ``TORCHINDUCTOR_CACHE_DIR`` names. Raises ``MixDQError`` where nothing was compiled.
     """
-    files = {_STEP + name: data for name, data in precompiled.used_files().items()}
+    files = precompiled.used_files()
     saved = torch.compiler.save_cache_artifacts()
     if saved is not None and not saved[1].empty():
         files[_ARTIFACTS] = saved[0]
@@ -53,15 +52,17 @@ def load_compile_cache(path) -> bool:
     if other:
         warnings.warn(f"{path} is left alone, everything is compiled anew: {'; '.join(other)}", stacklevel=2)
         return False
+    if not file.entries:
+        file.fail("", f"must hold {_ARTIFACTS} or compiled steps", "nothing")
     for name, entry in file.entries.items():
-        if entry.dtype != torch.uint8 or not (name == _ARTIFACTS or precompiled.is_name(name.removeprefix(_STEP))):
-            file.fail(name, f"must be {_ARTIFACTS}, or {_STEP} and the name of a compiled step, and of bytes")
-    for name in file.entries:
-        data = file.read(name).numpy().tobytes()
-        if name != _ARTIFACTS:
-            precompiled.keep_file(name.removeprefix(_STEP), data)
-        elif torch.compiler.load_cache_artifacts(data) is None:
-            file.fail(_ARTIFACTS, "must be what torch.compiler.save_cache_artifacts gives")
+        if entry.dtype != torch.uint8 or not (name == _ARTIFACTS or precompiled.is_name(name)):
+            file.fail(name, f"must be {_ARTIFACTS} or the name of a compiled step, and of bytes")
+    data = {name: file.read(name).numpy().tobytes() for name in file.entries}
+    artifacts = data.pop(_ARTIFACTS, None)
+    if artifacts is not None and torch.compiler.load_cache_artifacts(artifacts) is None:
+        file.fail(_ARTIFACTS, "must be what torch.compiler.save_cache_artifacts gives")
+    for name, step in data.items():
+        precompiled.keep_file(name, step)
     return True
 
 

@@ -78,7 +78,7 @@ def compile(
 
     A quantized model runs without gradients, whatever the caller's mode: it has no backward pass, and asking for one is
     an error. A recorded graph is dropped when parameters are replaced or moved, and when adapters or attention
-    processors change, and so is a step that was loaded. After changing anything else that ``forward`` depends on (say,
+    processors change, and another step is looked for. After changing anything else that ``forward`` depends on (say,
     ``enable_freeu``), call ``reset()``.
     """
     if backend not in (INDUCTOR, EAGER):
@@ -225,7 +225,7 @@ class CompiledModel(OptimizedModule):
     def _run(self, args: tuple, kwargs: dict, leaves: list, spec):
         key = _key(leaves, spec)
         if not self._wants_graph(leaves):
-            return self._call(key, args, kwargs, self._settings.cache is True)
+            return self._call(key, args, kwargs, leaves, self._settings.cache is True)
         graph = self._graphs.get(key)
         if graph is None:
             while len(self._graphs) >= self._settings.max_graphs:
@@ -280,18 +280,18 @@ class CompiledModel(OptimizedModule):
             raise UnsupportedError(f"cuda_graphs=True: {found[0]}. Change that, or use cuda_graphs='auto'")
         return not found
 
-    def _call(self, key: tuple, args: tuple, kwargs: dict, kept: bool):
-        step = self._step(key, args, kwargs) if kept and self._steps is not None else None
+    def _call(self, key: tuple, args: tuple, kwargs: dict, leaves: list, kept: bool):
+        step = self._step(key, args, kwargs, leaves) if kept and self._steps is not None else None
         if step is not None:
             return step.run(self._orig_mod, args, kwargs)
         with self._compiling(key):
             return super().__call__(*args, **kwargs)
 
-    def _step(self, key: tuple, args: tuple, kwargs: dict) -> Step | None:
+    def _step(self, key: tuple, args: tuple, kwargs: dict, leaves: list) -> Step | None:
         """The kept step for these arguments; None where torch.compile has to do."""
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
-        numbers: dict[int, int] = {}
-        key = key, *((t.stride(), numbers.setdefault(id(t), len(numbers))) for t in tensors)
+        numbers: dict[int, int] = {}  # of tensors, of which two arguments may be the same
+        tensors = ((t.stride(), numbers.setdefault(id(t), len(numbers))) for t in leaves if _is_tensor(t))
+        key = key, *tensors
         if key not in self._found:
             try:
                 step = self._found[key] = self._steps.find(self._orig_mod, args, kwargs)
@@ -328,13 +328,13 @@ class CompiledModel(OptimizedModule):
         kept = self._settings.cache is not False
         with torch.cuda.stream(stream):
             for _ in track(range(_WARM_UP_CALLS), f"Compiling for {sizes}", show=show):
-                self._call(key, args, kwargs, kept)
+                self._call(key, args, kwargs, static, kept)
                 stream.synchronize()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The outer one restores the caller's stream also where the capture fails.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            output = self._call(key, args, kwargs, kept)
+            output = self._call(key, args, kwargs, static, kept)
         return _Graph(graph, static, output)
 
 

@@ -7,7 +7,6 @@ Dynamo must have been made of the same. Tensors count by type, sizes and strides
 import enum
 import functools
 import hashlib
-import inspect
 import sys
 import types
 from collections.abc import Iterable, Mapping, Set
@@ -171,7 +170,9 @@ class _Description:
     def _add_function(self, function: types.FunctionType) -> None:
         self.text(_name(function))
         self.add((function.__code__, function.__defaults__, function.__kwdefaults__))
-        self.add_names(inspect.getclosurevars(function).nonlocals)
+        # An empty cell, of a name that is not there yet, equals only another.
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self.add_names({name: cell.cell_contents for name, cell in cells if cell != types.CellType()})
 
     def _add_code(self, code: types.CodeType) -> None:
         self.add((code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_consts))

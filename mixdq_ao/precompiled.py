@@ -33,13 +33,13 @@ from mixdq_ao.passes import FuseQuantizers
 FORMAT = "mixdq_ao.precompiled"
 FORMAT_VERSION = "1"
 
-_STEP = "step"
+_PROGRAM = "program"
 _NAME = re.compile("[0-9a-f]{64}")
 
 # Described whatever was traced: where people put another attention, and the hooks of all modules.
 _ALWAYS = ("torch.nn.functional", "torch.nn.modules.module")
 
-# Inductor's settings that are functions, of which it only knows what to do with them.
+# Inductor's settings for passes of other people, whose effect no description tells.
 _PASSES = ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass")
 _PASSES += ("post_grad_custom_post_pass",)
 
@@ -80,7 +80,7 @@ class Steps:
 
         Raises :class:`NotKeptError` where only ``torch.compile`` can do it, or gives the error that it would give.
         """
-        if reason := why_not():
+        if reason := _why_not():
             raise NotKeptError(reason)
         try:
             name = describe(self._all_it_depends_on(model, args, kwargs))
@@ -118,10 +118,10 @@ class Steps:
             with torch._dynamo.config.patch(enable_aot_compile=True):  # which is off in torch 2.11
                 compiled = torch.compile(_step, fullgraph=True, dynamic=False, options=options)
             run = compiled.aot_compile(((model, args, kwargs), {}))
+            traced = {source.module for source in run.source_info().inlined_sources}
+            step = Step(run, Counter(self._fuse.hits), describe_code(traced.union(_ALWAYS)))
         except Exception as error:
             raise NotKeptError(f"torch's aot_compile failed: {first_line(error)}") from error
-        traced = {source.module for source in run.source_info().inlined_sources}
-        step = Step(run, Counter(self._fuse.hits), describe_code(traced.union(_ALWAYS)))
         try:
             _keep(name, step)
         except Exception as error:
@@ -129,7 +129,7 @@ class Steps:
         return step
 
 
-def why_not() -> str:
+def _why_not() -> str:
     """Why this process keeps no steps; empty if it does."""
     stance = getattr(torch._dynamo.eval_frame, "_stance", None)  # of which torch says nothing in public
     reasons = {
@@ -183,13 +183,13 @@ def _new_path(name: str) -> Path:
 
 def _keep(name: str, step: Step) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / _STEP
+        saved = Path(folder) / _PROGRAM
         step.run.save_compiled_function(str(saved))
         data = torch.frombuffer(bytearray(saved.read_bytes()), dtype=torch.uint8)
     described = {"code": step.code, "hits": step.hits, "modules": _named_by_dynamo()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION}
     path = _new_path(name)
-    write_tensors(path, {_STEP: data}, header | {key: json.dumps(value) for key, value in described.items()})
+    write_tensors(path, {_PROGRAM: data}, header | {key: json.dumps(value) for key, value in described.items()})
     _used[name] = path
 
 
@@ -199,9 +199,8 @@ def _named_by_dynamo() -> dict[str, str]:
     It puts them there while it compiles, for instance to make the dataclass that a model returns; aot_compile leaves it
     to whoever loads a step to have them.
     """
-    return {
-        n: v.__name__ for n, v in _step.__globals__.items() if isinstance(v, types.ModuleType) and v is not builtins
-    }
+    found = {name: value for name, value in _step.__globals__.items() if isinstance(value, types.ModuleType)}
+    return {name: module.__name__ for name, module in found.items() if module is not builtins}
 
 
 def _load(name: str) -> Step | None:
@@ -212,11 +211,11 @@ def _load(name: str) -> Step | None:
     try:
         file = TensorFile(path)
         check_format(file, FORMAT, FORMAT_VERSION)
-        code, hits, modules = (parse_json(path, key, file.metadata[key]) for key in ("code", "hits", "modules"))
+        code, hits, named = (parse_json(path, key, file.metadata[key]) for key in ("code", "hits", "modules"))
         if describe_code(code) != code:
             return None
-        data = io.BytesIO(file.read(_STEP).numpy().tobytes())
-        modules = {name: importlib.import_module(module) for name, module in modules.items()}
+        data = io.BytesIO(file.read(_PROGRAM).numpy().tobytes())
+        modules = {alias: importlib.import_module(module) for alias, module in named.items()}
         run = torch.compiler.load_compiled_function(data, f_globals={**vars(builtins), **modules})
     except Exception as error:
         warnings.warn(f"{path} cannot be used, the step is compiled anew: {first_line(error)}", stacklevel=2)

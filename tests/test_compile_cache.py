@@ -70,9 +70,12 @@ def test_files_that_are_no_cache(file, tmp_path, caplog):
         load_compile_cache(file)
     header = {"format": compile_cache.FORMAT, "format_version": compile_cache.FORMAT_VERSION}
     write_tensors(tmp_path / "other", {"x": torch.zeros(3)}, header | compile_cache._machine())
-    with pytest.raises(CheckpointError, match="'x': must be artifacts, or step. and the name"):
+    with pytest.raises(CheckpointError, match="'x': must be artifacts or the name of a compiled step"):
         load_compile_cache(tmp_path / "other")
-    for name in ("step.../../evil", "step." + "0" * 63, "step." + "0" * 64 + "/x"):
+    write_tensors(tmp_path / "other", {}, header | compile_cache._machine())
+    with pytest.raises(CheckpointError, match="must hold artifacts or compiled steps; found nothing"):
+        load_compile_cache(tmp_path / "other")
+    for name in ("../../evil", "0" * 63, "0" * 64 + "/x"):
         write_tensors(tmp_path / "other", {name: torch.zeros(3, dtype=torch.uint8)}, header | compile_cache._machine())
         with pytest.raises(CheckpointError, match="the name of a compiled step"):
             load_compile_cache(tmp_path / "other")

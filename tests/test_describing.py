@@ -23,7 +23,6 @@ IN_ANOTHER_PROCESS = """
 import sys
 sys.path.insert(0, {tests!r})
 from diffusers.models import attention_processor
-from models import unet_inputs
 from pipelines import micro_unet
 from test_compiling import net
 from mixdq_ao.describing import describe, describe_code
@@ -205,6 +204,11 @@ def test_code_that_somebody_replaced(module, old, new):
     assert SOURCE.count(old) == 1
     module(SOURCE.replace(old, new))
     assert describe_code(["of_a_test"]) != before
+
+
+def test_a_closure_over_what_is_not_there_yet(module):
+    made = module("def outer():\n    def inner(): return later\n    if False: later = 1\n    return inner\nf = outer()")
+    assert describe(made.f) and describe_code(["of_a_test"]) != {"of_a_test": ""}
 
 
 def test_what_code_keeps_for_itself_does_not_count(module):

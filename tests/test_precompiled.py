@@ -184,7 +184,7 @@ def test_a_broken_file_is_replaced(folder, broken):
     else:
         header = {"format": precompiled.FORMAT, "format_version": precompiled.FORMAT_VERSION, "hits": "{}"}
         header |= {"code": "{}", "modules": "{}"} if broken == "a step" else {}
-        write_tensors(path, {"step": torch.zeros(9, dtype=torch.uint8)}, header)
+        write_tensors(path, {"program": torch.zeros(9, dtype=torch.uint8)}, header)
     with pytest.warns(UserWarning, match=f"{path.name} cannot be used, the step is compiled anew"):
         y = run(compiled(), sample(), STEP)
     assert torch.equal(y["sample"], run(net(), sample(), STEP)["sample"]) and traced() == 2
