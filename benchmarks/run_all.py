@@ -60,9 +60,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     """All there are, in the order in which they tell most. ``plan``: of SDXL's weights, as one more variant."""
     python = [sys.executable]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    if importlib.util.find_spec("pytest_timeout"):
-        pytest += ["--timeout=60", "--timeout-method=thread"]  # a launch that hangs ends its worker
-    side_by_side = [*pytest, "-n", "4", "--dist", "load"]
+    limit = ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     kernel_tests, alone = "tests/test_cuda_kernels.py", "test_memory_comes_from_torch"
 
     def script(name: str, *arguments: str) -> list[str]:
@@ -81,12 +79,16 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         options += ["--check-api-memory-access", "no"] if tool == "initcheck" else []
         return ["compute-sanitizer", *options, *script("sanitize.py", f"--share={share}")]
 
-    tests = [
-        [*side_by_side, kernel_tests, "tests/test_attention_kernel.py", f"--deselect={kernel_tests}::{alone}"],
-        [*pytest, "-n", "0", kernel_tests, "-k", alone],
-    ]
+    tests = [  # A launch that hangs ends its worker.
+        [*pytest, *limit, "-n", "4", "--dist", "load", kernel_tests, "tests/test_attention_kernel.py",
+         f"--deselect={kernel_tests}::{alone}"],
+        [*pytest, *limit, "-n", "0", kernel_tests, "-k", alone],
+    ]  # fmt: skip
     replays = "tests/test_bench.py::test_on_a_gpu_graphs_are_replayed_and_weights_are_held_once"
-    models = [*side_by_side, "tests/test_cuda.py", "tests/test_cuda_compile.py", replays]
+    # Compilers are in each other's way unless each keeps to the cores that are there for it.
+    compilers = ["env", f"TORCHINDUCTOR_COMPILE_THREADS={max(1, (os.cpu_count() or 1) // 8)}"]
+    models = [*compilers, *pytest, "-v", "-n", "8", "--dist", "load", "tests/test_cuda.py",
+              "tests/test_cuda_compile.py", replays]  # fmt: skip
     tune = script("tune.py", f"--table={out / TABLE}", f"--out={out}/tune.json", "--seconds=120")
     # Side by side they compile; each of them is alone while it tunes.
     in_a_step = [
@@ -113,7 +115,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         Step("tune-step", "the fastest kernels for a whole step", 590, in_a_step, together=True),
         Step("kernels", "each layer of SDXL", 200, [kernels]),
         Step("attention", "SDXL's attention", 60, [attention]),
-        Step("models", "UNets, eager and compiled", 300, [models]),
+        Step("models", "UNets, eager and compiled", 560, [models]),
         Step("sanitize", "compute-sanitizer", 400, checkers, together=True),
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),

@@ -7,6 +7,7 @@ traced, which is written in it. Files lie in Inductor's folder, and like all of 
 """
 
 import builtins
+import contextlib
 import importlib
 import io
 import json
@@ -16,7 +17,7 @@ import tempfile
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,8 @@ class Steps:
         try:
             with torch._dynamo.config.patch(enable_aot_compile=True):  # which is off in torch 2.11
                 compiled = torch.compile(_step, fullgraph=True, dynamic=False, options=options)
-            run = compiled.aot_compile(((model, args, kwargs), {}))
+            with _stand_ins(model):
+                run = compiled.aot_compile(((model, args, kwargs), {}))
             traced = {source.module for source in run.source_info().inlined_sources}
             step = Step(run, Counter(self._fuse.hits), describe_code(traced.union(_ALWAYS)))
         except Exception as error:
@@ -167,6 +169,35 @@ def _call(model: nn.Module, args: tuple, kwargs: dict):
 
 # With globals of its own, to which Dynamo adds modules; and torch 2.11 looks for builtins nowhere else.
 _step = types.FunctionType(_call.__code__, {**vars(builtins), "__name__": __name__, "__builtins__": builtins})
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Meanwhile, parameters and buffers are other tensors with the same memory.
+
+    aot_compile leaves weak references to what it has traced, and ``nn.Module.to()`` refuses to move a quantized weight
+    that has one.
+    """
+    found = [d for m in model.modules() for d in (m._parameters, m._buffers) if d]
+    before = [dict(d) for d in found]
+    with torch.inference_mode(False), torch.no_grad():  # which would make inference tensors of quantized weights
+        others = {id(t): _other(t) for d in before for t in d.values() if t is not None}
+    try:
+        for d in found:
+            d.update({name: others[id(t)] for name, t in d.items() if t is not None})
+        yield
+    finally:
+        for d, tensors in zip(found, before, strict=True):
+            d.update(tensors)
+
+
+def _other(tensor: Tensor) -> Tensor:
+    other = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        other = nn.Parameter(other, requires_grad=tensor.requires_grad)
+    if type(other) is not type(tensor):
+        raise TypeError(f"detach() makes a {type(other).__name__} of a {type(tensor).__name__}")
+    return other
 
 
 def _path(name: str) -> Path:

@@ -58,6 +58,31 @@ def test_a_step_is_traced_once_for_all_models_like_it(folder):
     assert torch.equal(run(first, x, STEP)["sample"], y["sample"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_can_be_moved_afterwards(mode, folder):
+    model = net()
+    before, parameters = run(model, sample(), STEP)["sample"], list(model.parameters())
+    fast = compiled(model)
+    with mode():
+        y = fast(sample(), STEP)["sample"]
+    assert torch.equal(y, before) and steps(folder) == 1
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    model.bfloat16().float()
+    assert run(fast, sample(), STEP)["sample"].isfinite().all()
+
+
+def test_tensors_that_nothing_can_stand_in_for_are_compiled_as_ever(folder, monkeypatch):
+    class Special(nn.Parameter):
+        pass
+
+    model = net()
+    model.norm.weight = Special(model.norm.weight)
+    expected = run(model, sample(), STEP)["sample"]
+    with pytest.warns(UserWarning, match="makes a Parameter of a Special"):
+        assert torch.equal(run(compiled(model), sample(), STEP)["sample"], expected)
+    assert steps(folder) == 0
+
+
 IN_ANOTHER_PROCESS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
