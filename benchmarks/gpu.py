@@ -31,6 +31,7 @@ from mixdq_ao import ops  # noqa: E402
 # not either: launches go through at least that many bytes of them.
 ROTATION_BYTES = 160 << 20
 POOL_BYTES = 384 << 20
+CHANNEL = 1280  # numbers that share a scale
 # Long launches are repeated less often: about that many microseconds in each replay.
 REPLAY_US = 15_000
 SAVE_SECONDS, HANGING_SECONDS = 5.0, 20.0
@@ -122,14 +123,30 @@ def environment() -> dict:
     }
 
 
+def normal_codes(count: int, bits: int = 8, device: str = "cuda") -> torch.Tensor:
+    """int8 codes of normal numbers, as layers have them: the largest number of each ``CHANNEL`` has the largest code.
+
+    fp16 multiplies normal numbers as well. It matters for layers that bring a GPU to its power limit, which codes that
+    are all equally likely do sooner, and no layer has such.
+    """
+    codes, largest = torch.empty(count, dtype=torch.int8, device=device), 2 ** (bits - 1) - 1
+    for part in codes.split(CHANNEL * 2**16):
+        x = torch.randn(-(-part.numel() // CHANNEL), CHANNEL, device=device)
+        x = (x * (largest / x.abs().amax(1, keepdim=True))).round_()
+        part.copy_(x.view(-1)[: part.numel()])
+    return codes
+
+
 class Bench:
-    """Makes and times launches. Memory is taken once: a pool of codes and one of floats, and one for all graphs.
+    """Makes and times launches. Memory is taken once: pools of codes and one of floats, and one for all graphs.
 
     From then on the current stream is one that graphs can be captured on.
     """
 
     def __init__(self, pool_bytes: int = POOL_BYTES):
-        self.codes = torch.randint(-128, 128, (pool_bytes,), dtype=torch.int8, device="cuda")
+        self.codes = normal_codes(pool_bytes)
+        halves = (normal_codes(pool_bytes // 2, 4).view(torch.uint8) & 15 for _ in range(2))
+        self.packed = next(halves) | next(halves) << 4
         self.floats = torch.randn(pool_bytes // 2, dtype=torch.float16, device="cuda") * 0.05
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())
@@ -156,7 +173,7 @@ class Bench:
         bias = torch.randn(layer.n, dtype=torch.float16, device="cuda")
         packed = -(-channels * bits // 8)
         count = launches(layer, layer.columns * layer.taps * packed)
-        pool = self.codes if bits == 8 else self.codes.view(torch.uint8)
+        pool = self.codes if bits == 8 else self.packed
         epilogue = (alpha, beta[0], bias)
         if isinstance(layer, Conv):
             size = layer.size + 2 * layer.pad
@@ -171,7 +188,7 @@ class Bench:
                 )
 
             return call, count
-        x = torch.randint(-128, 128, (layer.m, channels), dtype=torch.int8, device="cuda")
+        x = normal_codes(layer.m * channels).view(layer.m, channels)
         weights, each = self.weights(pool, (layer.n, packed), count * layer.weights), layer.weights
 
         def linear(i):
@@ -201,13 +218,20 @@ class Bench:
 
     def try_us(self, what: str, call: Callable[[int], object], count: int, repeats: int = 5) -> float | None:
         """As ``time_us``; None, and a line, where the call fails and the GPU is well. A launch that hangs is named."""
-        self._at = what, time.monotonic()
+        return self.try_in_turn({what: (call, count)}, repeats).get(what)
+
+    def try_in_turn(self, calls: dict[str, tuple[Callable[[int], object], int]], repeats: int = 5) -> dict[str, float]:
+        """``try_us`` of several calls, by their names, without those that fail; they are replayed in turn."""
+        graphs = {}
+        for what, (call, count) in calls.items():
+            self._at = what, time.monotonic()
+            try:
+                graphs[what] = self._record(call, count), count
+            except RuntimeError as error:
+                torch.cuda.synchronize()  # raises again for what no later launch would survive
+                print(f"{what}: {str(error).splitlines()[0]}", flush=True)
         try:
-            return self.time_us(call, count, repeats)
-        except RuntimeError as error:
-            torch.cuda.synchronize()  # raises again for what no later launch would survive
-            print(f"{what}: {str(error).splitlines()[0]}", flush=True)
-            return None
+            return self._replay(graphs, repeats)
         finally:
             self._at = None
 
@@ -223,6 +247,9 @@ class Bench:
 
     def time_us(self, call: Callable[[int], object], count: int, repeats: int = 5) -> float:
         """Median microseconds of a launch: ``count`` of them in a graph, replayed from a cold cache."""
+        return self._replay({"": (self._record(call, count), count)}, repeats)[""]
+
+    def _record(self, call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
         call(0)  # loads kernels, and lets cuDNN choose
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -234,14 +261,25 @@ class Bench:
         finally:
             graph.capture_end()
         graph.replay()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            self.codes.view(torch.int64).amax()  # pushes everything else out of the cache
-            start.record()
-            graph.replay()
-            end.record()
         torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / count
+        return graph
+
+    def _replay(self, graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int) -> dict[str, float]:
+        """Median microseconds of a launch of each. In turn, so that the GPU is as hot for one as for the others."""
+        events = {what: [] for what in graphs}
+        for _ in range(repeats):
+            for what, (graph, _count) in graphs.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.codes.view(torch.int64).amax()  # pushes everything else out of the cache
+                start.record()
+                graph.replay()
+                end.record()
+                events[what].append((start, end))
+        torch.cuda.synchronize()
+        return {
+            what: statistics.median(start.elapsed_time(end) for start, end in events[what]) * 1e3 / count
+            for what, (_, count) in graphs.items()
+        }
 
     def warm_up(self, seconds: float = 0.3) -> None:
         """Raise the clocks."""

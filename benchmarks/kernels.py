@@ -3,6 +3,9 @@
 A launch's weights come from memory and not from the cache, as they do in a UNet. Attention, norms and everything else
 that stays floating is not in the sums of a step; quantizers are a table of their own.
 
+"best" is W8A8 with the kernel of the catalogue that is fastest for the layer by itself, as cuDNN's benchmark mode picks
+fp16's. The library's own table is tuned in a whole step, where another kernel often is.
+
     python benchmarks/kernels.py --out kernels.json
 """
 
@@ -16,16 +19,17 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from gpu import KERNELS, Bench, Progress, environment, forced, require_gpu
+from gpu import Bench, Progress, environment, forced, normal_codes, require_gpu
 from rich.console import Console
 from rich.table import Table
 from sdxl_shapes import Layer, Linear, layers
+from tune import Choice, measure
 
 from mixdq_ao.files import write_text
 
 CASES = {"512 px, batch 1": (512, 1), "1024 px, batch 1": (1024, 1), "1024 px, batch 4": (1024, 4)}
-SM80 = [k for k in KERNELS if not k.name.startswith("sm90")]
-VARIANTS = ("w8a8", "w4a8", "sm80")
+VARIANTS = ("w8a8", "best", "w4a8", "sm80")
+HEADINGS, CHOSEN = {"w8a8": "W8A8", "w4a8": "W4A8"}, ("best", "sm80")
 # [rows, channels] of SDXL's tokens, and [batch, channels, size] of its images.
 TOKENS = [(256, 1280), (1024, 640), (1024, 1280), (4096, 640), (77, 2048), (16384, 640)]
 # Of 512 px at batch 1, of 1024 px at batches 1 and 8.
@@ -34,23 +38,29 @@ IMAGES = [(1, 320, 64), (1, 640, 32), (1, 1280, 16), (1, 2560, 16), (1, 960, 64)
 
 
 def time_layer(bench: Bench, layer: Layer, in_time: Callable[[], bool]) -> dict:
-    """Microseconds in fp16, and quantized: as the library selects, and with the best kernel that needs no sm_90."""
-    us = {"fp16": bench.time_us(*bench.float16(layer))}
+    """Microseconds in fp16, and quantized: as the library selects, and with the best kernels of all and of sm80's."""
     call, count = bench.int8(layer, 8)
-    us["w8a8"] = bench.try_us(f"{layer}, W8A8", call, count)
-    # A plan of W4A8 leaves convolutions at 8 bits.
-    linear = isinstance(layer, Linear)
-    us["w4a8"] = bench.try_us(f"{layer}, W4A8", *bench.int8(layer, 4)) if linear else us["w8a8"]
-    names = [k.name for k in SM80 if k.splits(layer, 8)]
-    names = [n for n in names if n != "direct"] or names
-    tried = {}
-    for name in names if in_time() else ():
-        with forced(name):
-            tried[name] = bench.try_us(f"{layer}, {name}", call, max(4, count // 4), 3)
-    tried = {name: time for name, time in tried.items() if time is not None}
-    us["sm80"] = min(tried.values(), default=None)
-    us = {name: time for name, time in us.items() if time is not None}
-    return {"us": us, "sm80_kernel": min(tried, key=tried.get, default=None)}
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    known = measure(bench, layer, 8, hopper, {}) if in_time() else {}
+    best = {"best": known, "sm80": {choice: us for choice, us in known.items() if not choice[0].startswith("sm90")}}
+    best = {name: min(times, key=times.get) for name, times in best.items() if times}
+
+    def with_kernel(choice: Choice) -> Callable[[int], object]:
+        def forced_call(i: int) -> object:
+            with forced(*choice):
+                return call(i)
+
+        return forced_call
+
+    calls = {"fp16": bench.float16(layer), "w8a8": (call, count)}
+    calls |= {name: (with_kernel(choice), count) for name, choice in best.items()}
+    if isinstance(layer, Linear):  # a plan of W4A8 leaves convolutions at 8 bits
+        calls["w4a8"] = bench.int8(layer, 4)
+    found = bench.try_in_turn({f"{layer}, {name}": timed for name, timed in calls.items()})
+    us = {name: found[f"{layer}, {name}"] for name in calls if f"{layer}, {name}" in found}
+    if not isinstance(layer, Linear) and "w8a8" in us:
+        us["w4a8"] = us["w8a8"]
+    return {"us": us, "kernels": {name: "{}:{}".format(*choice) for name, choice in best.items()}}
 
 
 def sums(rows: list[dict]) -> dict:
@@ -83,7 +93,7 @@ def quantizers(bench: Bench) -> list[dict]:
 
     def product(m: int, c: int) -> None:
         """A feed-forward's first layer with GEGLU at its end, and as two kernels."""
-        f, x = 4 * c, torch.randint(-128, 128, (m, c), dtype=torch.int8, device="cuda")
+        f, x = 4 * c, normal_codes(m * c).view(m, c)
         weights = itertools.cycle(bench.weights(bench.codes, (2 * f, c), 100))
         alpha, bias = torch.full((1, 2 * f), 1e-4, device="cuda"), half(2 * f)
         rest = alpha, bias.float(), bias, 8, [c], torch.float16
@@ -137,13 +147,16 @@ def quantizers(bench: Bench) -> list[dict]:
 def show(console: Console, results: dict) -> None:
     for case, found in results["cases"].items():
         table = Table(title=f"{case}: microseconds of one launch")
-        for heading in ("layer", "count", "fp16", "W8A8", "x", "W4A8", "x", "sm80", "x", "TOPS", "sm80 kernel"):
-            table.add_column(heading, justify="left" if heading in ("layer", "sm80 kernel") else "right")
+        variants = [heading for name in VARIANTS for heading in (HEADINGS.get(name, name), "x")]
+        chosen = [f"{name} kernel" for name in CHOSEN]
+        for heading in ("layer", "count", "fp16", *variants, "TOPS", *chosen):
+            table.add_column(heading, justify="left" if heading in ("layer", *chosen) else "right")
         for row in sorted(found["layers"], key=lambda r: -r["count"] * r["us"]["fp16"]):
             us = row["us"]
             cells = [v for n in VARIANTS for v in ((f"{us[n]:.2f}", f"{us['fp16'] / us[n]:.2f}") if n in us else "--")]
             tops = f"{row['flops'] / us['w8a8'] / 1e6:.0f}" if "w8a8" in us else "-"
-            table.add_row(row["layer"], str(row["count"]), f"{us['fp16']:.2f}", *cells, tops, row["sm80_kernel"] or "-")
+            names = [row["kernels"].get(name, "-").removesuffix(":1") for name in CHOSEN]
+            table.add_row(row["layer"], str(row["count"]), f"{us['fp16']:.2f}", *cells, tops, *names)
         console.print(table)
     table = Table(title="A quantizer's launch")
     for heading in ("quantizer", "us", "GB/s", "torch fp16 alone, us"):
@@ -164,7 +177,7 @@ def show(console: Console, results: dict) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")],
-    seconds: Annotated[float, typer.Option(help="After that much time sm80 kernels are left out.")] = 120,
+    seconds: Annotated[float, typer.Option(help="After that much time only the library's choice is measured.")] = 120,
 ) -> None:
     """Measure SDXL's layers and the quantizers on this GPU, print tables and write JSON."""
     require_gpu()
@@ -195,7 +208,7 @@ def main(
                 kind = "linear" if isinstance(layer, Linear) else "conv"
                 rows.append({"layer": str(layer), "kind": kind, "count": count, "flops": layer.flops, **known[layer]})
                 progress.step()
-    show(Console(width=150), results)
+    show(Console(width=180), results)
 
 
 if __name__ == "__main__":

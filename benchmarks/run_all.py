@@ -87,16 +87,16 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     replays = "tests/test_bench.py::test_on_a_gpu_graphs_are_replayed_and_weights_are_held_once"
     # Compilers are in each other's way unless each keeps to the cores that are there for it.
     compilers = ["env", f"TORCHINDUCTOR_COMPILE_THREADS={max(1, (os.cpu_count() or 1) // 8)}"]
-    models = [*compilers, *pytest, "-v", "-n", "8", "--dist", "load", "tests/test_cuda.py",
+    models = [*compilers, *pytest, "-vv", "-n", "8", "--dist", "load", "tests/test_cuda.py",
               "tests/test_cuda_compile.py", replays]  # fmt: skip
     tune = script("tune.py", f"--table={out / TABLE}", f"--out={out}/tune.json", "--seconds=120")
     # Side by side they compile; each of them is alone while it tunes.
     in_a_step = [
         script("tune_step.py", f"--size={size}", f"--variant={variant}", f"--table={out / TABLE}",
-               f"--from={out}/tune.json", f"--out={out}/tune_step_{size}px_{variant}.json", "--seconds=100")
+               f"--from={out}/tune.json", f"--out={out}/tune_step_{size}px_{variant}.json", "--seconds=120")
         for variant in ("w8a8", "w4a8") for size in (512, 1024)
     ]  # fmt: skip
-    kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=100")
+    kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=120")
     attention = script("attention.py", f"--out={out}/attention.json")
     tools, shares = ("memcheck", "racecheck", "initcheck", "synccheck"), ("1/4", "2/4", "3/4", "4/4")
     checkers = [checker(tool, share) for tool in tools for share in shares]

@@ -132,6 +132,15 @@ def test_a_forced_kernel_ends_with_its_block(monkeypatch):
         assert os.environ.get("MIXDQ_KERNEL") == before
 
 
+def test_codes_are_those_of_normal_numbers():
+    for bits, largest in ((8, 127), (4, 7)):
+        codes = gpu.normal_codes(gpu.CHANNEL * 3 + 5, bits, "cpu")
+        rows = codes[: gpu.CHANNEL * 3].view(3, gpu.CHANNEL)
+        assert codes.dtype == torch.int8 and (rows.abs().amax(1) == largest).all() and codes.abs().max() == largest
+        # The largest of 1,280 normal numbers is some three and a half times their deviation.
+        assert largest / 5 < rows.float().std() < largest / 2.8
+
+
 def test_launches_go_through_more_weights_than_the_cache_holds():
     layer = Linear(256, 1280, 1280)
     assert gpu.launches(layer, 1280 * 1280) * 1280 * 1280 > 150e6
@@ -227,7 +236,7 @@ def test_a_part_of_a_step_has_no_sums(tmp_path, monkeypatch):
         times.append(layer)
         if len(times) == whole + 3:
             raise KeyboardInterrupt
-        return {"us": {"fp16": 2.0, "w8a8": 1.0}, "sm80_kernel": None}
+        return {"us": {"fp16": 2.0, "w8a8": 1.0}, "kernels": {}}
 
     monkeypatch.setattr(gpu, "SAVE_SECONDS", 0.0)
     for name, stand_in in (
