@@ -106,6 +106,16 @@ __device__ __forceinline__ float load_float(const void* data, Float type, int64_
   return static_cast<const float*>(data)[i];
 }
 
+// The same in two halves, of which only the second one needs the number to have arrived.
+__device__ __forceinline__ uint32_t load_bits(const void* data, Float type, int64_t i) {
+  return type == Float::f32 ? static_cast<const uint32_t*>(data)[i] : static_cast<const uint16_t*>(data)[i];
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits, Float type) {
+  if (type == Float::f16) return __half2float(__ushort_as_half(uint16_t(bits)));
+  return __uint_as_float(type == Float::bf16 ? bits << 16 : bits);
+}
+
 __device__ __forceinline__ void store_float(void* data, Float type, int64_t i, float v) {
   if (type == Float::f16) {
     static_cast<__half*>(data)[i] = __float2half_rn(v);

@@ -24,11 +24,17 @@ struct Columns {
   }
 };
 
-// A thread's share of them on the way there: asked for before a tile is multiplied, and there afterwards.
+// A thread's share of them on the way there: asked for before a tile is multiplied, and looked at only afterwards, since
+// whoever converts the bias waits for it.
 template <class C>
 struct ColumnLoads {
   static constexpr int kEach = (C::kTileN + kGroup - 1) / kGroup;
-  ChannelEpilogue values[kEach];
+  struct Column {
+    float alpha, beta;
+    uint32_t bias;  // its bits
+    int weight_sum;
+  };
+  Column values[kEach];
 
   // The row of the weight in column i of a tile; w.n or more where there is none.
   static __device__ __forceinline__ int weight_row(const Weight& w, int n0, int i) {
@@ -40,15 +46,20 @@ struct ColumnLoads {
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x % kGroup + e * kGroup, row = weight_row(w, n0, i);
-      values[e] = i < C::kTileN && row < w.n ? channel_epilogue(w, row) : ChannelEpilogue{0.f, 0.f, 0};
+      values[e] = {};
+      if (i >= C::kTileN || row >= w.n) continue;
+      values[e].alpha = w.alpha[row];
+      if (w.beta) values[e].beta = w.beta[row];
+      if (w.weight_sum) values[e].weight_sum = w.weight_sum[row];
+      if (w.bias) values[e].bias = load_bits(w.bias, w.bias_type, row);
     }
   }
-  __device__ __forceinline__ void store(const Columns<C>& to) const {
+  __device__ __forceinline__ void store(const Columns<C>& to, Float bias_type) const {
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x % kGroup + e * kGroup;
       if (i >= C::kTileN) continue;
-      to.scale[i] = {values[e].alpha, values[e].offset};
+      to.scale[i] = {values[e].alpha, values[e].beta + float_of_bits(values[e].bias, bias_type)};
       to.weight_sum[i] = values[e].weight_sum;
     }
   }
@@ -114,9 +125,10 @@ struct WarpTile {
   int lane, row0, columns;  // row0: of the output; columns: of the weight, from the tile's first on
   int64_t column;           // of the output
 
-  __device__ WarpTile(const Params& p, const Tile& t, int group_row)
+  // `warp`: of the group, and one for all its threads to the compiler's knowledge.
+  __device__ WarpTile(const Params& p, const Tile& t, int group_row, int warp)
       : lane(threadIdx.x % 32),
-        row0(t.m0 + group_row + int(threadIdx.x % kGroup / 32) * C::kWarpRows),
+        row0(t.m0 + group_row + warp * C::kWarpRows),
         columns(p.weights[t.weight].n - t.n0),
         column(p.column[t.weight] + t.n0) {}
   __device__ static int row(int in_eight, int i, int h) { return (h * C::kBlocksM + i) * 8 + in_eight; }
@@ -162,20 +174,24 @@ struct Staging {
   uint8_t* memory;
   int turn = 0;
 
+  // The buffer for the columns from c0 on, which becomes the one in hand.
   __device__ __forceinline__ uint8_t* next(int c0) {
-    if (C::kOneTile) return memory + c0 / C::kChunk * C::kBufferBytes;
-    if (C::kBuffers > 1) turn ^= 1;
-    if (threadIdx.x % 32 == 0) cute::tma_store_wait<C::kBuffers - 1>();  // what was in this one has been read
-    __syncwarp();
-    return memory + turn * C::kBufferBytes;
+    if (C::kBuffers > 1 && !C::kOneTile) turn ^= 1;
+    // What was in this one has been read.
+    if (!C::kOneTile && cute::elect_one_sync()) cute::tma_store_wait<C::kBuffers - 1>();
+    if (!C::kOneTile) __syncwarp();
+    return in_hand(c0);
   }
-  // Copies the tile's columns first to end, whose buffers begin there.
-  __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, const uint8_t* buffer,
-                                       int first, int end) {
+  __device__ __forceinline__ uint8_t* in_hand(int c0) const {
+    return memory + (C::kOneTile ? c0 / C::kChunk : turn) * C::kBufferBytes;
+  }
+  // Copies the tile's columns first to end, which begin in the buffer in hand.
+  __device__ __forceinline__ void send(const Params& p, const Tile& t, const WarpTile<C>& at, int first, int end) const {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (at.lane) return;
+    if (!cute::elect_one_sync()) return;  // always the same thread, which the bulk copies belong to
     if (at.row0 < p.m) {
+      const uint8_t* buffer = in_hand(first);
       for (int c = first; c < end; c += kColumns, buffer += C::kBufferBytes) {
         cute::SM90_TMA_STORE_2D::copy(&p.out_maps[t.weight], buffer, (t.n0 + c) * kBytes, at.row0);
       }
@@ -184,7 +200,7 @@ struct Staging {
   }
   // Shared memory must outlive what is still to be read there.
   __device__ __forceinline__ void finish() const {
-    if (threadIdx.x % 32 == 0) cute::tma_store_wait<0>();
+    if (cute::elect_one_sync()) cute::tma_store_wait<0>();
   }
 };
 
@@ -205,25 +221,28 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
   const int my_row = WarpTile<C>::row(lane % 8, 0, lane / 8 % 2);
   const int swizzle = C::kChunk == 32 ? my_row >> 1 & 3 : my_row >> 2 & 1;
   const int place = my_row * kPitch + ((lane / 16 ^ swizzle) << 4);
+  // Asked for a chunk ahead: shared memory answers in the order in which it is asked, and stores are in front otherwise.
+  ChannelEpilogue of_chunk[C::kChunk / 8][2];
+  auto load_channels = [&](int c0) {
+#pragma unroll
+    for (int c = 0; c < C::kChunk; c += 8) columns.pair(c0 + c + lane % 4 * 2, kDynamic, of_chunk[c / 8]);
+  };
+  load_channels(0);
 #pragma unroll
   for (int c0 = 0; c0 < C::kTileN; c0 += C::kChunk) {
     if (c0 >= at.columns) break;
     Residuals<C, C::kChunk> late;
     if (kResidual && !kEarlyResiduals<C>) late.load(p, at, c0);
-    uint8_t* buffer = staging.next(c0);
+    uint32_t out[C::kChunk / 16][C::kBlocksM][4];
 #pragma unroll
     for (int c = 0; c < C::kChunk; c += 16) {
-      ChannelEpilogue channels[2][2];
-      columns.pair(c0 + c + lane % 4 * 2, kDynamic, channels[0]);
-      columns.pair(c0 + c + 8 + lane % 4 * 2, kDynamic, channels[1]);
 #pragma unroll
       for (int i = 0; i < C::kBlocksM; ++i) {
-        uint32_t out[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int j = c / 8 + e / 2, h = e % 2, from = (c0 / 8 + j) * 4 + h * 2;
-          float x = finish<C>(p, sums[i][from], channels[e / 2][0], kDynamic, rows[i][h]);
-          float y = finish<C>(p, sums[i][from + 1], channels[e / 2][1], kDynamic, rows[i][h]);
+          float x = finish<C>(p, sums[i][from], of_chunk[j][0], kDynamic, rows[i][h]);
+          float y = finish<C>(p, sums[i][from + 1], of_chunk[j][1], kDynamic, rows[i][h]);
           if constexpr (kResidual) {
             uint32_t pair;
             if constexpr (kEarlyResiduals<C>) {
@@ -234,15 +253,26 @@ __device__ __forceinline__ void write_half(const Params& p, const Tile& t, const
             float2 r = unpack2(kType, pair);
             x += r.x, y += r.y;
           }
-          out[e] = pack2(kType, x, y);
+          out[c / 16][i][e] = pack2(kType, x, y);
         }
-        uint8_t* to = buffer + (place ^ c * 2) + i * 8 * kPitch;
-        cute::SM90_U32x4_STSM_N::copy(out[0], out[1], out[2], out[3], *reinterpret_cast<cute::uint128_t*>(to));
       }
     }
-    if (!C::kOneTile) staging.send(p, t, at, buffer, c0, c0 + C::kChunk);
+    if (c0 + C::kChunk < C::kTileN) load_channels(c0 + C::kChunk);
+    // The columns before leave only now: what the fence waits for has happened while these were computed.
+    if (!C::kOneTile && c0 > 0) staging.send(p, t, at, c0 - C::kChunk, c0);
+    uint8_t* buffer = staging.next(c0);
+#pragma unroll
+    for (int c = 0; c < C::kChunk; c += 16) {
+#pragma unroll
+      for (int i = 0; i < C::kBlocksM; ++i) {
+        const uint32_t(&o)[4] = out[c / 16][i];
+        uint8_t* to = buffer + (place ^ c * 2) + i * 8 * kPitch;
+        cute::SM90_U32x4_STSM_N::copy(o[0], o[1], o[2], o[3], *reinterpret_cast<cute::uint128_t*>(to));
+      }
+    }
   }
-  if (C::kOneTile) staging.send(p, t, at, staging.memory, 0, min(at.columns, C::kTileN));
+  const int end = min(at.columns, C::kTileN), last = (end - 1) / C::kChunk * C::kChunk;
+  staging.send(p, t, at, C::kOneTile ? 0 : last, end);
 }
 
 // Four values of any type, from and to places that are aligned for it.

@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_geglu(const Params& p, const Tile& t, cons
       *reinterpret_cast<uint2*>(codes + row * C::kTileOut + first + piece * 8) = geglu_codes(value, gate, encoder);
     }
   }
-  staging.send(p, t, at, codes, 0, C::kTileOut);
+  staging.send(p, t, at, 0, C::kTileOut);
 }
 
 }  // namespace mixdq::sm90

@@ -84,16 +84,16 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     wait_for_previous();
     ColumnLoads<C> loads;
     loads.load(p.weights[t.weight], t.n0);
-    const WarpTile<C> at(p, t, row0);
+    const WarpTile<C> at(p, t, row0, warp % 4);
     EarlyResiduals<C> residuals;
     if (kEarlyResiduals<C> && p.bulk_out && p.residual && splits == 1) residuals.load(p, at, 0);
     Turn<C> turn;
     Sums<C> sums;
     multiply(sm, turn, r, row0, sums, p.splits);
-    loads.store(columns);
+    loads.store(columns, p.weights[t.weight].bias_type);
     cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
     if (splits == 1) {
-      Staging<C> staging{sm.staging(group * 4 + thread / 32)};
+      Staging<C> staging{sm.staging(warp - kGroup / 32)};
       write_tile<C>(p, t, at, columns, sums, residuals, staging);
       staging.finish();
       return;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
   const int group = warp / (kGroup / 32) - 1;
   const int row0 = C::turns == Turns::cooperative ? group * C::kBlocksM * 64 : 0;
   const Columns<C> columns(sm.vectors(group));
-  Staging<C> staging{sm.staging(group * 4 + threadIdx.x % kGroup / 32)};
+  Staging<C> staging{sm.staging(warp - kGroup / 32)};
   const Encoder encoder = C::kGeglu ? Encoder(*p.geglu.scale, *p.geglu.zero_point, p.geglu.bits) : Encoder(1.f, 0.f, 8);
   Turn<C> turn;
   int mine = C::kPingPong ? group : 0;  // tiles until this group's next turn
@@ -150,15 +150,15 @@ __device__ __forceinline__ void run_persistent(const Params& p, const Shared<C>&
     const Tile t = locate<C>(p, index);
     ColumnLoads<C> loads;
     loads.load(p.weights[t.weight], t.n0);
-    const WarpTile<C> at(p, t, row0);
+    const WarpTile<C> at(p, t, row0, warp % 4);
     EarlyResiduals<C> residuals;
     if (kEarlyResiduals<C> && p.bulk_out && p.residual) residuals.load(p, at, 0);
     Sums<C> sums;
     if (C::kPingPong && index != int(blockIdx.x)) await_turn(group);
     const bool pass = C::kPingPong && index + stride < tiles;
     multiply(sm, turn, r, row0, sums, p.splits, pass ? 1 - group : -1);
-    sync_group(group);  // every warp is done with the columns of the tile before
-    loads.store(columns);
+    if (!C::kPingPong) sync_group(group);  // every warp is done with the columns of the tile before; else since its turn
+    loads.store(columns, p.weights[t.weight].bias_type);
     sync_group(group);
     if constexpr (!C::kGeglu) {
       write_tile<C>(p, t, at, columns, sums, residuals, staging);
@@ -218,6 +218,7 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   } else {
     if (splits > p.steps) splits = p.steps;  // every block multiplies something
   }
+  p.band_tiles = Divider(kRaster * p.tiles_n), p.last_rows = Divider((p.tiles_m - 1) % kRaster + 1);
   p.splits = splits;
   p.packed_tile = C::kTileK * problem.bits / 8;
   p.shift = 8 - problem.bits;

@@ -88,6 +88,7 @@ struct Params {
   int tile_end[kMaxWeights];  // tiles along n up to and with that weight
   int column[kMaxWeights];    // of the output, where that weight begins
   int tiles_m, tiles_n;
+  Divider band_tiles, last_rows;  // tiles of kRaster rows of them; rows of the last band
   int splits;  // of the reduction; of a sharing kernel, the blocks of a cluster
   int m;
   int channel_blocks, taps;                 // blocks of whole rows of a tap's channels
@@ -126,13 +127,12 @@ struct Tile {
 
 template <class C>
 __device__ __forceinline__ Tile locate(const Params& p, int index) {
-  int band = kRaster * p.tiles_n;
-  int first = index / band * kRaster;
-  int high = min(p.tiles_m - first, kRaster);
-  int within = index % band;
-  int tile_n = within / high, weight = 0, begin = 0;
-  while (tile_n >= p.tile_end[weight]) begin = p.tile_end[weight++];
-  return {(first + within % high) * C::kTileM, weight, (tile_n - begin) * C::kTileOut};
+  uint32_t within, row, band = p.band_tiles.divide(index, within), tile_n = within / kRaster;
+  row = within % kRaster;
+  if ((band + 1) * kRaster > p.tiles_m) tile_n = p.last_rows.divide(within, row);
+  int weight = 0, begin = 0;
+  while (int(tile_n) >= p.tile_end[weight]) begin = p.tile_end[weight++];
+  return {int(band * kRaster + row) * C::kTileM, weight, (int(tile_n) - begin) * C::kTileOut};
 }
 
 // Where the pipeline stands: the stage, and which of its uses.
