@@ -93,7 +93,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     # Side by side they compile; each of them is alone while it tunes.
     in_a_step = [
         script("tune_step.py", f"--size={size}", f"--variant={variant}", f"--table={out / TABLE}",
-               f"--from={out}/tune.json", f"--out={out}/tune_step_{size}px_{variant}.json", "--seconds=120")
+               f"--from={out}/tune.json", f"--out={out}/tune_step_{size}px_{variant}.json", "--seconds=100")
         for variant in ("w8a8", "w4a8") for size in (512, 1024)
     ]  # fmt: skip
     kernels = script("kernels.py", f"--out={out}/kernels.json", "--seconds=120")
