@@ -218,18 +218,23 @@ class Bench:
 
     def try_us(self, what: str, call: Callable[[int], object], count: int, repeats: int = 5) -> float | None:
         """As ``time_us``; None, and a line, where the call fails and the GPU is well. A launch that hangs is named."""
-        return self.try_in_turn({what: (call, count)}, repeats).get(what)
+        return self.try_in_turn({what: (call, count)}, repeats=repeats).get(what)
 
-    def try_in_turn(self, calls: dict[str, tuple[Callable[[int], object], int]], repeats: int = 5) -> dict[str, float]:
-        """``try_us`` of several calls, by their names, without those that fail; they are replayed in turn."""
+    def try_in_turn(
+        self, calls: dict[str, tuple[Callable[[int], object], int]], of: str = "", repeats: int = 5
+    ) -> dict[str, float]:
+        """``try_us`` of several calls, by their names, without those that fail; they are replayed in turn.
+
+        ``of``: what is said before a name.
+        """
         graphs = {}
-        for what, (call, count) in calls.items():
-            self._at = what, time.monotonic()
+        for name, (call, count) in calls.items():
+            self._at = of + name, time.monotonic()
             try:
-                graphs[what] = self._record(call, count), count
+                graphs[name] = self._record(call, count), count
             except RuntimeError as error:
                 torch.cuda.synchronize()  # raises again for what no later launch would survive
-                print(f"{what}: {str(error).splitlines()[0]}", flush=True)
+                print(f"{of}{name}: {str(error).splitlines()[0]}", flush=True)
         try:
             return self._replay(graphs, repeats)
         finally:

@@ -56,8 +56,7 @@ def time_layer(bench: Bench, layer: Layer, in_time: Callable[[], bool]) -> dict:
     calls |= {name: (with_kernel(choice), count) for name, choice in best.items()}
     if isinstance(layer, Linear):  # a plan of W4A8 leaves convolutions at 8 bits
         calls["w4a8"] = bench.int8(layer, 4)
-    found = bench.try_in_turn({f"{layer}, {name}": timed for name, timed in calls.items()})
-    us = {name: found[f"{layer}, {name}"] for name in calls if f"{layer}, {name}" in found}
+    us = bench.try_in_turn(calls, f"{layer}, ")
     if not isinstance(layer, Linear) and "w8a8" in us:
         us["w4a8"] = us["w8a8"]
     return {"us": us, "kernels": {name: "{}:{}".format(*choice) for name, choice in best.items()}}

@@ -141,6 +141,25 @@ def test_codes_are_those_of_normal_numbers():
         assert largest / 5 < rows.float().std() < largest / 2.8
 
 
+def test_what_fails_is_named_and_left_out(monkeypatch, capsys):
+    def record(call, count):
+        return call(0)
+
+    def fails(i):
+        raise RuntimeError("no such kernel\nand more")
+
+    bench = object.__new__(gpu.Bench)
+    monkeypatch.setattr(bench, "_record", record)
+    monkeypatch.setattr(
+        bench, "_replay", lambda graphs, repeats: {name: repeats + count for name, (_, count) in graphs.items()}
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.try_in_turn({"a": (lambda i: i, 4), "b": (fails, 4)}, "a layer, ") == {"a": 9}
+    assert capsys.readouterr().out == "a layer, b: no such kernel\n"
+    assert bench.try_us("b", fails, 4) is None and bench.try_us("a", lambda i: i, 4, 3) == 7
+    assert bench._at is None
+
+
 def test_launches_go_through_more_weights_than_the_cache_holds():
     layer = Linear(256, 1280, 1280)
     assert gpu.launches(layer, 1280 * 1280) * 1280 * 1280 > 150e6

@@ -71,7 +71,7 @@ def test_a_model_can_be_moved_afterwards(mode, folder):
     assert run(fast, sample(), STEP)["sample"].isfinite().all()
 
 
-def test_tensors_that_nothing_can_stand_in_for_are_compiled_as_ever(folder, monkeypatch):
+def test_tensors_that_nothing_can_stand_in_for_are_compiled_as_ever(folder):
     class Special(nn.Parameter):
         pass
 

@@ -176,10 +176,11 @@ struct Staging {
 
   // The buffer for the columns from c0 on, which becomes the one in hand.
   __device__ __forceinline__ uint8_t* next(int c0) {
-    if (C::kBuffers > 1 && !C::kOneTile) turn ^= 1;
-    // What was in this one has been read.
-    if (!C::kOneTile && cute::elect_one_sync()) cute::tma_store_wait<C::kBuffers - 1>();
-    if (!C::kOneTile) __syncwarp();
+    if (!C::kOneTile) {
+      if (C::kBuffers > 1) turn ^= 1;
+      if (cute::elect_one_sync()) cute::tma_store_wait<C::kBuffers - 1>();  // what was in this one has been read
+      __syncwarp();
+    }
     return in_hand(c0);
   }
   __device__ __forceinline__ uint8_t* in_hand(int c0) const {
