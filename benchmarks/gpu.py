@@ -44,12 +44,16 @@ class Kernel:
     name: str
     max_splits: int = 1
 
-    def splits(self, layer: Layer, bits: int, floating: bool = False, geglu: bool = False) -> list[int]:
+    def splits(
+        self, layer: Layer, bits: int, floating: bool = False, geglu: bool = False, quantizes: bool = False
+    ) -> list[int]:
         """The splits in which it can do the layer; none where the library would ignore that it is forced.
 
-        ``floating``: the layer is weight-only. ``geglu``: with GEGLU and quantization at its end.
+        ``floating``: the layer is weight-only. ``geglu``: with GEGLU and quantization at its end. ``quantizes``: with
+        quantization at its beginning.
         """
-        if self.name.endswith("_floating") != floating or self.name.endswith("_geglu") != geglu:
+        kinds = {"_floating": floating, "_geglu": geglu, "_quantizing": quantizes}
+        if any(self.name.endswith(kind) != wanted for kind, wanted in kinds.items()):
             return []
         if geglu and layer.columns % 32:
             return []
@@ -59,6 +63,8 @@ class Kernel:
         reads_packed = packed or floating or self.name == "few_rows"
         channels = layer.k // layer.taps
         if (packed and bits == 8) or channels % (16 * 8 // bits if reads_packed else 16):
+            return []
+        if quantizes and (bits != 8 or layer.taps > 1):
             return []
         if self.name == "few_rows" and (layer.taps > 1 or layer.m > 16):
             return []
@@ -81,6 +87,7 @@ KERNELS = [
     *(Kernel(f"sm90_{tile}_packed_geglu") for tile in ("128x160", "64x160")),
     Kernel("sm90_128x128_floating"),
     Kernel("sm90_64x80_floating", 8),
+    Kernel("sm90_64x80_quantizing", 8),
     *(Kernel(f"sm80_{tile}") for tile in ("128x160", "128x128", "128x80", "64x64", "64x32", "128x16")),
     Kernel("few_rows"),
     Kernel("direct"),

@@ -104,6 +104,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     small = unet(512, 1, *others, *(["plan"] if plan else []))
     unets = [[*small, *([f"--plan={plan}"] if plan else [])], unet(1024, 8, "torchao-fp8")]
     # Side by side, compilers slow one another: what compiling takes is measured alone, then with caches that are full.
+    eager = script("eager.py", f"--out={out}/eager.json")
     starts = [bench(name, "--variants=float-compiled,w8a8", option, "--repeats=3") for name, option in
               (("cold", "--cold"), ("warm", "--no-cold"), ("warm", "--no-cold"))]  # fmt: skip
     older = ["env", "MIXDQ_KERNEL=sm80", *bench("sm80", "--variants=float,w8a8-eager,w8a8-no-inductor,w8a8")]
@@ -119,6 +120,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
         Step("sanitize", "compute-sanitizer", 400, checkers, together=True),
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),
+        Step("eager", "calls for which the host's time counts", 120, [eager]),
         Step("older", "SDXL's UNet with the kernels of older GPUs", 240, [older]),
         Step("starts", "how long compiling takes", 500, starts),
         Step("sensitivity", "SDXL's sensitivity", 180, [sensitivity, *([processes] if gpus > 1 else [])]),

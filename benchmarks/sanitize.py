@@ -82,6 +82,7 @@ def products(bits: int) -> dict[str, tuple[Layer, Callable, tuple]]:
             (image, *split, *steps, bits, list(groups), half, image_residual),
         ),
         "linear, GEGLU": (Linear(ROWS, 2 * 176, k), call.linear_int8_geglu, (x, *wide, bits, [k], half, *STATIC)),
+        "linear, quantizing": (linear, call.quantized_linear, (floats, *STATIC, *w, bits, [k])),
         "linear, weight-only": (linear, call.linear_weight_only, (floats, w[0], w[1], w[3], bits, [k])),
         "conv2d, weight-only": (
             conv, call.conv2d_weight_only,
@@ -98,7 +99,8 @@ def forced_products() -> Iterator[tuple[str, Kernel, int, Callable, tuple]]:
             for name, (layer, op, args) in products(bits).items():
                 if bits == 4 and not as_stored and name != "linear":
                     continue  # a kernel of its own unpacks them, then they are as 8 bits
-                able = kernel.splits(layer, bits, floating="weight-only" in name, geglu="GEGLU" in name)
+                kind = {"floating": "weight-only" in name, "geglu": "GEGLU" in name, "quantizes": "quantizing" in name}
+                able = kernel.splits(layer, bits, **kind)
                 # First and last: not split, and split the most.
                 for splits in sorted({*able[:1], *able[-1:]}):
                     yield f"{kernel.name}:{splits} {name}, {bits} bits", kernel, splits, op, args

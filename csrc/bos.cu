@@ -1,12 +1,10 @@
 // The output of a text's first token, where it is known. A block for each sample.
-#include "bos.h"
-#include "norm.cuh"
+#include "bos.cuh"
 
 namespace mixdq {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kTolerance = 0x1p-6f;  // BOS_TOLERANCE in mixdq_ao/ops.py
 
 // Where the first token of the sample that begins with that row lies.
 __device__ __forceinline__ int64_t first_token(const Floats& x, int64_t row) {
@@ -17,11 +15,11 @@ __device__ __forceinline__ int64_t first_token(const Floats& x, int64_t row) {
 // Each thread has eight channels of both tokens and eight columns, all asked for at once: nearly all of a launch's time is
 // waiting for memory.
 __global__ void __launch_bounds__(kThreads)
-    bos_row_vectors(Floats x, int64_t sample_rows, Bos bos, void* out, Float type, int columns) {
+    bos_row_vectors(Floats x, Bos bos, void* out, Float type, int columns) {
   __shared__ float shared[kThreads / 32];
   wait_for_previous();
   let_next_start();
-  const int64_t row = blockIdx.x * sample_rows;
+  const int64_t row = int64_t(blockIdx.x) * bos.sample_rows;
   const int at = threadIdx.x * kVector;
   const bool has_channels = bos.input && at < x.size[3];
   RawWeights token, known, output;
@@ -32,19 +30,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (at < columns) output.load(bos.output, bos.output_type, at);
   if (bos.input) {
-    float a[kVector] = {}, b[kVector] = {}, largest = 0.f, near = 1.f;
+    float a[kVector] = {}, b[kVector] = {};
     if (has_channels) {
       token.get(x.data, x.type, 0.f, a);
       known.get(bos.input, bos.input_type, 0.f, b);
     }
+    Distance distance;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(b[i]));
-    const float limit = kTolerance * reduce_block(largest, shared, Most());
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (!(fabsf(a[i] - b[i]) <= limit)) near = 0.f;
-    }
-    if (reduce_block(near, shared, Least()) == 0.f) return;
+    for (int i = 0; i < kVector; ++i) distance.add(a[i], b[i]);
+    if (!distance.is_near([&](float v) { return reduce_block(v, shared, Most()); })) return;
   }
   if (at >= columns) return;
   float f[kVector];
@@ -55,23 +49,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // Whatever that cannot read.
 __global__ void __launch_bounds__(kThreads)
-    bos_row(Floats x, int64_t sample_rows, Bos bos, void* out, Float type, int64_t columns) {
+    bos_row(Floats x, Bos bos, void* out, Float type, int64_t columns) {
   __shared__ float shared[kThreads / 32];
   wait_for_previous();
   let_next_start();
-  int64_t row = blockIdx.x * sample_rows;
+  int64_t row = int64_t(blockIdx.x) * bos.sample_rows;
   if (bos.input) {
     int64_t first = first_token(x, row);
-    float largest = 0.f;  // fmaxf passes over a NaN, which nothing is near to anyway
+    Distance distance;
     for (int c = threadIdx.x; c < x.size[3]; c += kThreads) {
-      largest = fmaxf(largest, fabsf(load_float(bos.input, bos.input_type, c)));
+      distance.add(load_float(x.data, x.type, first + c * x.stride[3]), load_float(bos.input, bos.input_type, c));
     }
-    float limit = kTolerance * reduce_block(largest, shared, Most()), near = 1.f;
-    for (int c = threadIdx.x; c < x.size[3]; c += kThreads) {
-      float distance = load_float(x.data, x.type, first + c * x.stride[3]) - load_float(bos.input, bos.input_type, c);
-      if (!(fabsf(distance) <= limit)) near = 0.f;
-    }
-    if (reduce_block(near, shared, Least()) == 0.f) return;
+    if (!distance.is_near([&](float v) { return reduce_block(v, shared, Most()); })) return;
   }
   for (int64_t n = threadIdx.x; n < columns; n += kThreads) {
     store_float(out, type, row * columns + n, load_float(bos.output, bos.output_type, n));
@@ -80,17 +69,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t write_bos_rows(const Floats& x, int64_t sample_rows, const Bos& bos, void* out, Float type, int64_t columns,
-                           const Stream& on) {
+cudaError_t write_bos_rows(const Floats& x, const Bos& bos, void* out, Float type, int64_t columns, const Stream& on) {
   if (x.rows() == 0 || columns == 0) return cudaSuccess;
-  int64_t samples = x.rows() / sample_rows;
+  int64_t samples = x.rows() / bos.sample_rows;
   if (samples > INT32_MAX) return cudaErrorInvalidValue;
   Grid grid{dim3(unsigned(samples)), dim3(kThreads)};
   constexpr int64_t kMost = kThreads * kVector;
   bool fits = x.size[3] <= kMost && columns <= kMost && columns % kVector == 0 && vectors_fit(x, Codes()) &&
               aligned(bos.input, 16) && aligned(bos.output, 16);
-  if (fits) return launch(bos_row_vectors, grid, on, x, sample_rows, bos, out, type, int(columns));
-  return launch(bos_row, grid, on, x, sample_rows, bos, out, type, columns);
+  if (fits) return launch(bos_row_vectors, grid, on, x, bos, out, type, int(columns));
+  return launch(bos_row, grid, on, x, bos, out, type, columns);
 }
 
 }  // namespace mixdq

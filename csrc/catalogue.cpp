@@ -28,7 +28,7 @@ const char* name_of(Float type) { return type == Float::f32 ? "f32" : type == Fl
 // Asynchronous copies and TMA move 16 bytes at a time; this names what does not start on a multiple of them.
 const char* misaligned(const Matmul& p, bool weights_as_stored) {
   if (reinterpret_cast<uintptr_t>(p.x.data) % 16) return "the input does not start on a multiple of 16 bytes";
-  const int unit = 16 / p.element_bytes();
+  const int unit = 16 / p.x_bytes();
   if (p.x.stride_w % unit || p.x.stride_h % unit || p.x.stride_n % unit) {
     return "the input's strides are no multiples of 16 bytes";
   }
@@ -119,11 +119,25 @@ Choice with_geglu(const Matmul& p, int arch, int sm_count, std::string_view only
   return {};
 }
 
+// With quantization at the beginning: where one round of blocks does it all. More would quantize the same rows so often that
+// the GPU is waited for, and no longer the host that would have to launch a quantizer.
+Choice quantizing(const Matmul& p, int arch, int sm_count) {
+  constexpr int kPartSteps = 5;  // at least, of a split reduction
+  static const int kernel = find_kernel("sm90_64x80_quantizing");
+  const Kernel& k = catalogue()[kernel];
+  if (!why_not(k, p, arch).empty()) return {};
+  const int64_t tiles = ceil_div(p.m(), k.tile_m) * ceil_div(p.n(), k.tile_n);
+  if (tiles > sm_count) return {};
+  const int64_t splits = std::min<int64_t>({k.max_splits, sm_count / tiles, p.k() / (kPartSteps * kStep)});
+  return {kernel, int(std::max<int64_t>(splits, 1)), false};
+}
+
 constexpr std::string_view kFamilies[] = {"sm90", "sm80"};  // the faster one first
 
 // `only`: leaves out the kernels of every other family.
 Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = "") {
   if (p.geglu) return with_geglu(p, arch, sm_count, only);
+  if (p.quantizer) return only == "sm80" ? Choice() : quantizing(p, arch, sm_count);
   static const int few = find_kernel("few_rows");
   if (why_not(catalogue()[few], p, arch).empty()) return {few, 1, false};
   for (std::string_view family : kFamilies) {
@@ -137,7 +151,7 @@ Choice by_rule(const Matmul& p, int arch, int sm_count, std::string_view only = 
 
 // All of a problem that a choice can depend on: sizes and strides, and of addresses how they are aligned.
 static_assert(kMaxWeights == 4);
-using Facts = std::array<int64_t, 31>;
+using Facts = std::array<int64_t, 34>;
 
 Facts facts_of(const Matmul& p, int arch, int sm_count) {
   uintptr_t weights = 0;
@@ -148,12 +162,13 @@ Facts facts_of(const Matmul& p, int arch, int sm_count) {
   }
   const Image& x = p.x;
   const Window& w = p.window;
-  const int64_t alignment[] = {int64_t(reinterpret_cast<uintptr_t>(x.data) % 16), int64_t(weights % 16)};
+  const auto past_16 = [](const void* data) { return int64_t(reinterpret_cast<uintptr_t>(data) % 16); };
   return {x.batch,     x.height,     x.width,      x.channels,   x.stride_n,     x.stride_h,   x.stride_w,
           w.r,         w.s,          w.stride_h,   w.stride_w,   w.dilation_h,   w.dilation_w, p.out_h,
           p.out_w,     p.floating,   p.bits,       p.pitch(),    p.weight_count, n[0],         n[1],
-          n[2],        n[3],         alignment[0], alignment[1], arch,           sm_count,     int64_t(p.x_type),
-          p.geglu ? 1 + int64_t(p.out_type) : 0, int64_t(reinterpret_cast<uintptr_t>(p.out) % 16), p.out_stride};
+          n[2],        n[3],         arch,         sm_count,     p.out_stride,   int64_t(p.x_type),
+          int64_t(weights % 16), past_16(x.data), past_16(p.out), past_16(p.bos.input),
+          p.geglu ? 1 + int64_t(p.out_type) : 0, bool(p.quantizer), p.bos.output ? p.bos.sample_rows : 0};
 }
 
 struct FactsHash {
@@ -174,7 +189,7 @@ int allowed_splits(const Kernel& kernel, int wanted) {
 }
 
 Choice by_table_or_rule(const Matmul& p, int arch, int sm_count) {
-  if (const Tuned* row = p.floating || p.geglu ? nullptr : nearest(tuning_table(), p, arch)) {
+  if (const Tuned* row = p.floating || p.geglu || p.quantizer ? nullptr : nearest(tuning_table(), p, arch)) {
     int i = find_kernel(row->kernel);
     if (i >= 0 && why_not(catalogue()[i], p, arch).empty()) {
       return {i, allowed_splits(catalogue()[i], row->splits), true};
@@ -226,7 +241,7 @@ std::vector<Tuned> read_table(const char* path) {
 
 const std::vector<Kernel>& catalogue() {
   static const std::vector<Kernel> kernels = {
-      // name, family, tile_m, tile_n, math_groups, max_splits, packed, floating, sharing, geglu
+      // name, family, tile_m, tile_n, math_groups, max_splits, packed, floating, sharing, geglu, quantizes
       {"sm90_256x128", "sm90", 256, 128, 2, 1, false},
       {"sm90_128x160", "sm90", 128, 160, 2, 1, false},
       {"sm90_128x128", "sm90", 128, 128, 2, 1, false},
@@ -250,6 +265,7 @@ const std::vector<Kernel>& catalogue() {
       {"sm90_64x160_geglu", "sm90", 64, 160, 2, 1, false, false, false, true},
       {"sm90_128x160_packed_geglu", "sm90", 128, 160, 2, 1, true, false, false, true},
       {"sm90_64x160_packed_geglu", "sm90", 64, 160, 2, 1, true, false, false, true},
+      {"sm90_64x80_quantizing", "sm90", 64, 80, 1, 8, false, false, false, false, true},
       {"sm80_128x160", "sm80", 128, 160, 0, 1, false},
       {"sm80_128x128", "sm80", 128, 128, 0, 1, false},
       {"sm80_128x80", "sm80", 128, 80, 0, 1, false},
@@ -274,6 +290,7 @@ std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   const std::string_view name = kernel.name, family = kernel.family;
   if (kernel.floating != p.floating) return p.floating ? "multiplies codes" : "multiplies floating activations";
   if (kernel.geglu != bool(p.geglu)) return p.geglu ? "has no GEGLU" : "ends with GEGLU";
+  if (kernel.quantizes != bool(p.quantizer)) return p.quantizer ? "multiplies codes" : "quantizes its input";
   if (name == "direct") return "";
   if (family == "sm90" && !MIXDQ_SM90) return "this build has no code for sm_90a";
   if (family == "sm90" && arch != 90) return "needs sm_90; this is sm_" + std::to_string(arch);
@@ -292,6 +309,13 @@ std::string why_not(const Kernel& kernel, const Matmul& p, int arch) {
   if (const char* what = misaligned(p, kernel.packed || p.bits == 8)) return what;
   if (family == "sm90") {
     if (const char* what = beyond_im2col(p)) return what;
+  }
+  if (kernel.quantizes) {
+    if (!p.is_rows()) return "needs rows at equal distances";
+    if (p.bits != 8) return "reads weights of 8 bits";
+    if (p.weight_count != 1) return "takes one weight";
+    if (p.bos.output && p.bos.sample_rows < kernel.tile_m) return "knows the first token of longer samples";
+    if (reinterpret_cast<uintptr_t>(p.bos.input) % 16) return "the known token does not start on a multiple of 16 bytes";
   }
   if (kernel.geglu) {
     if (p.weight_count != 1 || p.row_scale || p.residual) return "takes one static weight without a residual";
@@ -338,6 +362,7 @@ Choice select(const Matmul& p, int arch, int sm_count) {
     }
     Choice forced = by_environment(wanted, p, arch);
     if (forced.kernel >= 0) return forced;
+    if (p.quantizer) return {};  // the wanted kernel may do what is quantized before
   }
   // A choice takes longer than all else that an operator does by itself, and a model has but a few hundred problems.
   constexpr size_t kMost = 4096;
@@ -354,8 +379,7 @@ std::string Matmul::str() const {
   for (int i = 0; i < weight_count; ++i) columns += (i ? "+" : "") + std::to_string(weights[i].n);
   std::string text = "m " + std::to_string(m()) + ", n " + columns + ", k " + by(taps(), x.channels) + ", int" +
                      std::to_string(bits) + " weights, " + (floating ? "floating" : row_scale ? "dynamic" : "static") +
-                     ", to " +
-                     name_of(out_type) + " every " + std::to_string(out_stride);
+                     (quantizer ? ", quantized" : "") + ", to " + name_of(out_type) + " every " + std::to_string(out_stride);
   if (geglu) text += ", GEGLU";
   if (residual) text += std::string(", residual ") + name_of(residual_type);
   if (!is_rows()) {

@@ -78,25 +78,34 @@ __device__ __forceinline__ uint32_t pack(uint32_t a, uint32_t b, uint32_t c, uin
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// Codes c of f, which are made anew where `odd` is NaN: a quotient was not finite.
-__device__ __forceinline__ uint2 pack(uint32_t (&c)[kVector], const float (&f)[kVector], float odd, const Encoder& e) {
-  if (odd != odd) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) c[i] = e.code(f[i]);
-  }
+__device__ __forceinline__ uint2 pack(const uint32_t (&c)[kVector]) {
   return {pack(c[0], c[1], c[2], c[3]), pack(c[4], c[5], c[6], c[7])};
 }
 
-__device__ __forceinline__ uint2 encode(const float (&f)[kVector], const Encoder& e) {
+// Whatever the values are; takes several times as long.
+__device__ __forceinline__ uint2 encode_any(const float (&f)[kVector], const Encoder& e) {
   uint32_t c[kVector];
-  float odd = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) c[i] = e.code(f[i]);
+  return pack(c);
+}
+
+// `odd` becomes NaN where a quotient is not finite, and the codes are none.
+__device__ __forceinline__ uint2 encode_finite(const float (&f)[kVector], const Encoder& e, float& odd) {
+  uint32_t c[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     float q = e.quotient(f[i]);
     odd = __fmaf_rn(q, 0.f, odd);
     c[i] = e.round(q);
   }
-  return pack(c, f, odd, e);
+  return pack(c);
+}
+
+__device__ __forceinline__ uint2 encode(const float (&f)[kVector], const Encoder& e) {
+  float odd = 0.f;
+  const uint2 codes = encode_finite(f, e, odd);
+  return odd == odd ? codes : encode_any(f, e);
 }
 
 // The same of values that were rounded on their way here: the quotient is off by a unit of its last place at most, as
@@ -110,7 +119,7 @@ __device__ __forceinline__ uint2 encode_rounded(const float (&f)[kVector], const
     odd = __fmaf_rn(v, 0.f, odd);
     c[i] = __float_as_uint(fminf(fmaxf(v, e.low + Encoder::kShift), e.high + Encoder::kShift));
   }
-  return pack(c, f, odd, e);
+  return odd == odd ? pack(c) : encode_any(f, e);
 }
 
 __device__ __forceinline__ int group_of(const Codes& codes, int channel) {

@@ -11,7 +11,8 @@ namespace {
 
 // A problem of that size with aligned, dense operands. With several taps it is an image one pixel wide under a window as
 // high as there are taps: for the choice of a kernel only their number counts.
-Matmul problem(int64_t m, int n, int k, int taps, int bits, bool floating = false, bool geglu = false) {
+Matmul problem(int64_t m, int n, int k, int taps, int bits, bool floating = false, bool geglu = false,
+               bool quantizes = false) {
   if (m < 1 || n < 1 || k < 1 || taps < 1 || k % taps) {
     throw py::value_error("m, n, k and taps must be positive and k a multiple of taps, since k = taps * channels");
   }
@@ -35,6 +36,7 @@ Matmul problem(int64_t m, int n, int k, int taps, int bits, bool floating = fals
   p.out_stride = n;
   static const float somewhere = 1;
   if (geglu) p.geglu.scale = p.geglu.zero_point = &somewhere, p.out_stride = n / 2;
+  if (quantizes) p.quantizer.scale = p.quantizer.zero_point = &somewhere;
   return p;
 }
 
@@ -69,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("floating", &Kernel::floating)
       .def_readonly("sharing", &Kernel::sharing)
       .def_readonly("geglu", &Kernel::geglu)
+      .def_readonly("quantizes", &Kernel::quantizes)
       .def("__repr__", [](const Kernel& k) { return "<kernel " + std::string(k.name) + ">"; });
 
   py::class_<Tuned>(m, "Tuned")
@@ -98,23 +101,24 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "select",
       [](int64_t rows, int n, int k, int taps, int bits, int arch, int sm_count, bool floating,
-         bool geglu) -> py::object {
-        Choice choice = select(problem(rows, n, k, taps, bits, floating, geglu), arch, sm_count);
+         bool geglu, bool quantizes) -> py::object {
+        Choice choice = select(problem(rows, n, k, taps, bits, floating, geglu, quantizes), arch, sm_count);
         return choice.kernel < 0 ? py::none() : py::cast(choice);
       },
       "The kernel for [m, k] times [n, k]; k is the whole reduction, taps * channels. `floating`: for weight-only layers, "
-      "where it is None if torch's own operators multiply. `geglu`: with GEGLU and quantization at the end; None if they "
-      "are a kernel of their own.",
+      "where it is None if torch's own operators multiply. `geglu`: with GEGLU and quantization at the end, "
+      "`quantizes`: with quantization at the beginning; None if those are a kernel of their own.",
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("taps") = 1, py::arg("bits") = 8, py::arg("arch") = 90,
-      py::arg("sm_count") = 132, py::arg("floating") = false, py::arg("geglu") = false);
+      py::arg("sm_count") = 132, py::arg("floating") = false, py::arg("geglu") = false, py::arg("quantizes") = false);
   m.def(
       "why_not",
-      [](const std::string& kernel, int64_t rows, int n, int k, int taps, int bits, int arch, bool floating, bool geglu) {
-        return why_not(named(kernel), problem(rows, n, k, taps, bits, floating, geglu), arch);
+      [](const std::string& kernel, int64_t rows, int n, int k, int taps, int bits, int arch, bool floating, bool geglu,
+         bool quantizes) {
+        return why_not(named(kernel), problem(rows, n, k, taps, bits, floating, geglu, quantizes), arch);
       },
       "Why a kernel cannot do that problem, or an empty string.", py::arg("kernel"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("taps") = 1, py::arg("bits") = 8, py::arg("arch") = 90, py::arg("floating") = false,
-      py::arg("geglu") = false);
+      py::arg("geglu") = false, py::arg("quantizes") = false);
   m.def("tuning_table", &tuning_table, "The measured shapes.");
   m.def(
       "nearest",

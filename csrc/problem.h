@@ -35,14 +35,22 @@ struct Weight {
   const int32_t* weight_sum = nullptr; // dynamic only: sum of the codes of each row
 };
 
-// What a layer's outputs may become in the kernel that computes them, if their first half is a value and the second its
-// gate: rounded to out_type, value * gelu(gate), then int8 codes as geglu_quantize() makes them. out is [m, n / 2] then.
-struct Geglu {
-  const float* scale = nullptr;  // not null: this is what happens
+// A static quantizer that is part of the kernel which multiplies, if it has a scale.
+struct Quantizer {
+  const float* scale = nullptr;
   const float* zero_point = nullptr;
   int bits = 8;
 
   explicit operator bool() const { return scale; }
+};
+
+// A text's first token, whose output is known. A sample is `sample_rows` rows, one after another.
+struct Bos {
+  const void* input = nullptr;  // [channels]; null: every first token is it
+  Float input_type = Float::f16;
+  const void* output = nullptr;  // [columns]; null: nothing is known
+  Float output_type = Float::f16;
+  int sample_rows = 1;
 };
 
 constexpr int kMaxWeights = 4;
@@ -57,7 +65,9 @@ struct Matmul {
   Window window;
   int out_h = 1, out_w = 1;
   bool floating = false;       // weight-only: x holds floats of x_type, 16 bits each, instead of codes
+  Quantizer quantizer;         // x holds such floats, which become codes in the kernel
   Float x_type = Float::f16;
+  Bos bos;                     // with a quantizer only
   int bits = 8;  // of the weights: 8, 4 or 2
   Weight weights[kMaxWeights];
   int weight_count = 1;
@@ -72,7 +82,9 @@ struct Matmul {
   void* out = nullptr;
   Float out_type = Float::f16;
   int64_t out_stride = 0;                 // elements from one row to the next
-  Geglu geglu;                            // of one static weight without a residual
+  // Of one static weight without a residual, whose outputs are values and then as many gates: they are rounded to out_type
+  // and become value * gelu(gate), then int8 codes as geglu_quantize() makes them. out is [m, n / 2] then.
+  Quantizer geglu;
 
   int64_t m() const { return int64_t(x.batch) * out_h * out_w; }
   int n() const {
@@ -82,7 +94,8 @@ struct Matmul {
   }
   int taps() const { return window.r * window.s; }
   int k() const { return taps() * x.channels; }
-  int element_bytes() const { return floating ? 2 : 1; }
+  int element_bytes() const { return floating ? 2 : 1; }         // of what is multiplied
+  int x_bytes() const { return floating || quantizer ? 2 : 1; }  // of what x holds
   // Bytes of a weight for one tap: the stored form packs the channels of each tap on their own.
   int packed_channels() const { return (x.channels * bits + 7) / 8; }
   int64_t pitch() const { return weight_pitch ? weight_pitch : packed_channels(); }
@@ -106,6 +119,7 @@ struct Kernel {
   bool floating = false;  // multiplies floating activations, with weights of any width as they are stored
   bool sharing = false;   // splits are tiles of the same columns instead, in the blocks of a cluster that share weights
   bool geglu = false;     // ends with GEGLU and quantization, which no other kernel does
+  bool quantizes = false; // begins with quantization, which no other kernel does
 };
 
 struct Choice {

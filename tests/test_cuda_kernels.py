@@ -757,6 +757,37 @@ def test_quantize_and_multiply_in_one_call_equals_two():
         assert torch.equal(one, two) and one.stride() == two.stride(), (x.shape, x.stride(), groups, bits, n)
 
 
+@pytest.mark.parametrize("kernel", ["", *(f"sm90_64x80_quantizing:{splits}" for splits in (1, 2, 8)), "sm80"])
+def test_quantizing_in_the_product_equals_two_operators(kernel, monkeypatch):
+    """Bit for bit, also where no kernel joins them: odd sizes and distances, packed weights, float32."""
+    if kernel:
+        monkeypatch.setenv("MIXDQ_KERNEL", kernel)
+    for i in range(60 if ON_GPU else 20):
+        rng = random.Random(f"quantizing product {kernel} {i}")
+        suits = rng.random() < 0.8
+        dtype, bits = (rng.choice(FLOATS[:2]), 8) if suits else (rng.choice(FLOATS), rng.choice((8, 4)))
+        k, n = (
+            16 * rng.randint(1, rng.choice((90, 240))) + (0 if suits else 3),
+            log_uniform(rng, 1000 if ON_GPU else 200),
+        )
+        lead = rng.choice(((log_uniform(rng, 1000 if ON_GPU else 150),), (2, 77), ()))
+        torch.manual_seed(i)
+        x = (torch.randn(*lead, k, device=DEVICE) * rng.choice((0.1, 1.5, 20.0))).to(dtype)
+        for value in (float("nan"), float("inf"), -float("inf"), 0.0) if rng.random() < 0.5 else ():
+            x.view(-1)[rng.randrange(x.numel())] = value
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), dtype=torch.int8, device=DEVICE)
+        alpha, beta, bias = torch.rand(1, n, device=DEVICE) * 1e-3, *torch.randn(2, n, device=DEVICE)
+        weight = pack(codes, bits, [k]), alpha, beta, rng.choice((None, bias.to(dtype))), bits, [k]
+        static = draw_static(rng, [k])
+        if rng.random() < 0.3:  # on halves between two codes, or beside them where the dtype has no such number
+            x = (((x / static[0]).nan_to_num(0).clamp(-300, 300).floor() + 0.5) * static[0]).to(dtype)
+        x = laid_out(x, rng.choice(("contiguous", rng.choice(LINEAR_LAYOUTS))))
+        one = ops.quantized_linear(x, *static, *weight)
+        two = ops.linear_int8(ops.quantize(x, *static, [k], None), *weight, dtype)
+        told = (x.shape, x.stride(), dtype, n, bits, static)
+        assert one.dtype == dtype and one.stride() == two.stride() and torch.equal(one, two), told
+
+
 def draw_bos(rng: random.Random, x: Tensor, columns: int) -> tuple[Tensor | None, Tensor]:
     """A token and its output, of any floating dtype; some samples of ``x`` begin with it, or nearly, or with a NaN."""
     dtypes = (*FLOATS, torch.float64)
@@ -802,6 +833,33 @@ def test_known_first_tokens(name):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(told))
         written += not torch.equal(expected.nan_to_num(), plain.nan_to_num())
     assert written > 10
+
+
+@pytest.mark.parametrize("kernel", ["", "sm90_64x80_quantizing:4"])
+def test_known_first_tokens_in_the_product(kernel, monkeypatch):
+    """The same where one kernel quantizes, multiplies and knows the token, if samples have rows enough."""
+    if kernel:
+        monkeypatch.setenv("MIXDQ_KERNEL", kernel)
+    written = 0
+    for i in range(40 if ON_GPU else 16):
+        rng = random.Random(f"bos in the product {kernel} {i}")
+        samples, rows, k, n = (
+            rng.randint(1, 3),
+            rng.choice((60, 64, 77, 130)),
+            16 * rng.randint(1, 40),
+            rng.randint(1, 170),
+        )
+        x = torch.randn(samples, rows, k, device=DEVICE).to(rng.choice(FLOATS[:2]))
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
+        scale = torch.rand(1, n, device=DEVICE) * 1e-2
+        args = (x, *draw_static(rng, [k]), codes, scale, torch.randn(n, device=DEVICE), None, 8, [k])
+        bos = draw_bos(rng, x, n)
+        plain, found = ops.quantized_linear(*args), ops.quantized_linear(*args, *bos)
+        expected = mixdq_ops.with_bos_row(plain.clone(), x, *bos)
+        told = (x.shape, x.dtype, n, [None if t is None else t.dtype for t in bos])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(told))
+        written += not torch.equal(expected, plain)
+    assert written > 5
 
 
 def test_quantize_per_token_and_multiply_in_one_call_equals_two():

@@ -35,6 +35,7 @@ from mixdq_ao.errors import MixDQError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import attention
 import claims
+import eager
 import gpu
 import kernels
 import replay
@@ -116,7 +117,8 @@ def test_kernels_are_those_of_the_catalogue():
                 shape = (layer.m, layer.columns, layer.k, layer.taps, bits)
                 # _C knows a 1x1 convolution only as the linear layer that it is.
                 if not (kernel.name == "few_rows" and isinstance(layer, Conv)):
-                    kind = {name: kernel.name.endswith(f"_{name}") for name in ("floating", "geglu")}
+                    ends = {"floating": "_floating", "geglu": "_geglu", "quantizes": "_quantizing"}
+                    kind = {name: kernel.name.endswith(end) for name, end in ends.items()}
                     able = not native.why_not(kernel.name, *shape, **kind)
                     assert bool(kernel.splits(layer, bits, **kind)) == able, (kernel, layer, bits)
 
@@ -316,7 +318,8 @@ def test_the_checked_launches_are_all_there_are(monkeypatch):
     assert {(k.name, k.max_splits) for k in gpu.KERNELS} <= split
     ops = {str(op) for *_, op, _ in [*products, *quantizers, *sanitize.attentions()]}
     assert {name.partition(".")[2] for name in ops} >= {
-        "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "linear_int8_geglu", "conv2d_int8", "quantize",
+        "linear_int8", "linear_int8_dynamic", "linear_int8_multi", "linear_int8_geglu", "conv2d_int8",
+        "quantized_linear", "quantize",
         "quantize_per_token", "layer_norm_quantize", "geglu_quantize", "group_norm_quantize", "short_attention",
         "short_attention_quantize",
     }  # fmt: skip
@@ -716,6 +719,7 @@ def test_goals_of_which_nothing_was_measured(tmp_path):
         ("kernels.json", '{"cases": {'),
         ("sensitivity.json", '{"processes": {"1": {"cheap": {"estimated_s": {}}}}, "layers_per_s": {}}'),
         ("bench_cold.json", "{}"),
+        ("eager.json", '{"layers": {}}'),
     ],
 )
 def test_goals_of_files_that_no_benchmark_wrote(tmp_path, name, text):
@@ -729,7 +733,7 @@ def test_goals_and_what_was_measured(tmp_path):
         measured("fp16", call_ms=30.0, static=5000 * 2**20, activation=100 * 2**20),
         measured("fp16-compiled", ms=9.0, activation=50 * 2**20),
         measured("w8a8", ms=5.0, static=2400 * 2**20, activation=60 * 2**20),
-        measured("w8a8-eager", call_ms=40.0),
+        measured("w8a8-no-inductor", call_ms=40.0),
         Row("w4a8", 1, "now", error="no memory"),
     ]
     of(*rows).write(tmp_path / "bench_512px_batch1.json")
@@ -740,6 +744,9 @@ def test_goals_and_what_was_measured(tmp_path):
     slow = {"kind": "conv", "count": 1, "us": {"fp16": 20.0, "w8a8": 25.0}}
     case = {"layers": [layer, slow], "sums": kernels.sums([layer, slow])}
     (tmp_path / "kernels.json").write_text(json.dumps({"cases": {"512 px, batch 1": case}}))
+    (tmp_path / "eager.json").write_text(
+        json.dumps({"layers": {}, "unet": {"fp16": 60.0, "W8A8": 50.0, "ratio": 1.25}})
+    )
     single = {"cheap": {"estimated_s": {"32": 60.0, "512": 600.0}}}
     scaling = {"processes": {"1": single}, "layers_per_s": {"1": 2.0, "2": 3.0}}
     (tmp_path / "sensitivity.json").write_text(json.dumps(scaling))
@@ -753,15 +760,50 @@ conv layers, W8A8, over fp16, 512 px, batch 1, >= 2 x, 0.8 x, no
 the slowest layer of all, W8A8, over fp16, >= 1 x, 0.8 x, no
 all layers, time of W4A8 over W8A8, 512 px, batch 1, <= 1.15 x, 1.16 x, no
 UNet w8a8 over compiled fp16, 512 px, batch 1, >= 1.5 x, 1.8 x, yes
-UNet W8A8 eager without a graph, over fp16, 512 px, batch 1, >= 1 x, 0.75 x, no
+UNet W8A8 with our rewrites (backend='eager') without a graph, over fp16, >= 1 x, 0.75 x, no
 UNet W8A8 eager, kernels of older GPUs, <= 12 ms, 11 ms, yes
 static memory of W8A8, <= 2,500 MiB, 2,400 MiB, yes
 peak memory of W8A8, of fp16's, 512 px, batch 1, <= 0.51 x, 0.482 x, yes
 activation memory of W8A8, of compiled fp16's, <= 1 x, 1.2 x, no
 compile time of W8A8, of fp16's, <= 1.5 x, 1.33 x, yes
 warm start of W8A8, of its compile time, <= 0.333 x, 0.5 x, no
+UNet W8A8 eager without a graph, over fp16, 512 px, batch 1, >= 1 x, 1.25 x, yes
 sensitivity of SDXL's 794 layers, predicted, 512 prompts, <= 60 min, 10 min, yes
 the same on two GPUs, layers a second, >= 1.8 x, 1.5 x, no""",
+    )
+
+
+def test_who_takes_turns_is_compared_with_its_neighbour():
+    """Each round by itself, since the next one may find another host; and nobody begins each time."""
+    begun, hosts = [], iter([1.0, 1.0, 3.0, 3.0, 2.0, 2.0])
+
+    def call(name: str, ms: float) -> float:
+        begun.append(name)
+        return ms * next(hosts)
+
+    calls = {name: lambda n=name, ms=ms: call(n, ms) for name, ms in ((eager.FLOAT, 6.0), (eager.OURS, 5.0))}
+    assert eager.in_turn(calls, 3) == {eager.FLOAT: 12.0, eager.OURS: 10.0, "ratio": pytest.approx(1.2)}
+    assert begun == [eager.OURS, eager.FLOAT, eager.FLOAT, eager.OURS, eager.OURS, eager.FLOAT]
+
+
+def test_a_layer_that_is_called_in_turn():
+    for x, bos in ((torch.randn(1, 5, 32), True), (torch.randn(1, 5, 32), False)):
+        layer = torch.nn.Linear(32, 16).requires_grad_(False)
+        ours = eager.quantized(layer, x[0, 0] if bos else None)
+        assert type(layer.weight) is not type(ours.weight) and (ours.weight.bos_output is not None) == bos
+        torch.testing.assert_close(ours(x), layer(x), atol=0.1, rtol=0.1)
+
+
+def test_the_table_of_eager_calls(capsys):
+    layers = {"linear, 256 x 1280 -> 1280": {eager.FLOAT: 20.04, eager.OURS: 19.0, "ratio": 1.0512}}
+    found = {"layers": layers, "unet": {eager.FLOAT: 65.56, eager.OURS: 64.77, "ratio": 1.012}}
+    eager.show(Console(width=80), found)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "x │" in line]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+│ linear, 256 x 1280 -> 1280 │ 20.0 us │ 19.0 us │     1.05x │
+│ SDXL's UNet, 512 px        │ 65.6 ms │ 64.8 ms │     1.01x │""",
     )
 
 

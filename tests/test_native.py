@@ -138,6 +138,22 @@ def test_geglu_ends_a_product_of_many_tiles_in_large_ones():
 
 
 @catalogued
+@pytest.mark.skipif(native and not in_this_build("90a"), reason="only Hopper has such a kernel")
+def test_one_round_of_blocks_quantizes_and_multiplies():
+    def chosen(m, n, k, arch=90, **more):
+        choice = native.select(m, n, k, arch=arch, quantizes=True, **more)
+        return choice and f"{choice.kernel}:{choice.splits}"
+
+    assert chosen(1024, 640, 640) == chosen(1024, 640, 2560) == "sm90_64x80_quantizing:1"
+    assert chosen(256, 1280, 1280) == chosen(256, 1280, 5120) == "sm90_64x80_quantizing:2"
+    assert chosen(77, 1280, 2048) == "sm90_64x80_quantizing:3"
+    assert chosen(256, 10240, 1280) is chosen(4096, 640, 640) is None
+    assert chosen(256, 1280, 1280, bits=4) is chosen(256, 1280, 1288) is chosen(256, 1280, 1280, arch=89) is None
+    assert native.why_not("sm90_64x80_quantizing", 256, 1280, 1280) == "quantizes its input"
+    assert native.why_not("sm90_64x80", 256, 1280, 1280, quantizes=True) == "multiplies codes"
+
+
+@catalogued
 def test_sizes_that_are_none_are_refused():
     with pytest.raises(ValueError, match="multiple of taps"):
         native.select(16, 16, 10, taps=3)

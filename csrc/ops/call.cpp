@@ -92,6 +92,11 @@ Call::~Call() {
   for (void* memory : scratch_) aoti_torch_cuda_caching_allocator_raw_delete(memory);
 }
 
+bool Call::is_captured() const {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(on_.stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
 int Call::device_index(const Tensor& x) {
   int32_t type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));

@@ -75,6 +75,8 @@ class Call {
 
   const char* op() const { return op_; }
   const Stream& on() const { return on_; }
+  // Whether launches are being recorded into a graph.
+  bool is_captured() const;
 
   View look(const Tensor& t, const char* name) const;
   View keep(Tensor t, const char* name);

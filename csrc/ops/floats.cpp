@@ -71,16 +71,19 @@ Norm norm_of(Call& call, const OptionalTensor& weight, const OptionalTensor& bia
   return norm;
 }
 
-Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, int64_t channels, int64_t columns) {
+Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, const View& x, int64_t columns) {
   Bos bos;
-  bos.input = call.float_vector(input, "bos_input", channels, &bos.input_type);
+  bos.input = call.float_vector(input, "bos_input", x.size[x.dims - 1], &bos.input_type);
   bos.output = call.float_vector(output, "bos_output", columns, &bos.output_type);
+  if (x.dims < 2) return {};
+  STD_TORCH_CHECK(x.size[x.dims - 2] <= INT32_MAX, call.op(), ": a sample has fewer than 2^31 tokens");
+  bos.sample_rows = int(x.size[x.dims - 2]);
   return bos;
 }
 
-void write_bos(Call& call, const Floats& x, const View& view, const Bos& bos, void* out, Float type, int64_t columns) {
-  if (!bos.output || view.dims < 2) return;
-  call.check(write_bos_rows(x, view.size[view.dims - 2], bos, out, type, columns, call.on()), "the known first row");
+void write_bos(Call& call, const Floats& x, const Bos& bos, void* out, Float type, int64_t columns) {
+  if (!bos.output) return;
+  call.check(write_bos_rows(x, bos, out, type, columns, call.on()), "the known first row");
 }
 
 }  // namespace mixdq

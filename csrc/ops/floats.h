@@ -19,10 +19,10 @@ Pad checked_pad(const Call& call, const Ints& pad);
 
 Norm norm_of(Call& call, const OptionalTensor& weight, const OptionalTensor& bias, double eps, int64_t channels);
 
-Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, int64_t channels, int64_t columns);
+// x [..., tokens, channels] has the sizes of `view`; where it has no tokens, nothing is known.
+Bos bos_of(Call& call, const OptionalTensor& input, const OptionalTensor& output, const View& x, int64_t columns);
 
-// x [..., tokens, channels] has the sizes of `view`, and out [..., tokens, columns] is dense. Nothing is launched where
-// no output is known, and where x has no tokens.
-void write_bos(Call& call, const Floats& x, const View& view, const Bos& bos, void* out, Float type, int64_t columns);
+// Over out [rows, columns], which is dense. Nothing is launched where no output is known.
+void write_bos(Call& call, const Floats& x, const Bos& bos, void* out, Float type, int64_t columns);
 
 }  // namespace mixdq

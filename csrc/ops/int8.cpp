@@ -70,10 +70,7 @@ Tensor linear_int8_geglu_op(const Tensor& xq, const Tensor& qdata, const Tensor&
   Matmul fused = p;
   fused.geglu = {codes.scale, codes.zero_point, codes.bits};
   set_out(fused, v, type, n / 2);
-  if (v.numel() == 0 || (groups.size() == 1 && is_multiplied(call, fused))) {
-    multiply(call, fused, groups);
-    return out;
-  }
+  if (v.numel() == 0 || (groups.size() == 1 && try_to_multiply(call, fused))) return out;
   Floats wide;
   wide.data = p.out = call.scratch(m * n * bytes_of(type));
   wide.type = p.out_type = type;
@@ -156,14 +153,18 @@ Tensor conv2d_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
   return convolve(call, p, groups, call.float_type(out_dtype), residual);
 }
 
-// The product of codes [rows, channels] in scratch memory, and over its first rows what is known of them.
-Tensor finish_linear(Call& call, Matmul& p, const Floats& x, const View& view, const Bos& bos, const Ints& groups) {
-  Tensor out = call.empty_rows(view, p.n(), dtype_of(x.type));
-  if (x.rows() == 0) return out;
-  set_out(p, call.look(out, "the output"), x.type, p.n());
-  multiply(call, p, groups);
-  write_bos(call, x, view, bos, p.out, x.type, p.n());
-  return out;
+// One kernel that quantizes and multiplies, and knows the first token as well. In a graph a kernel for each takes less time,
+// and nobody waits for their launches.
+bool multiply_floats(Call& call, const Floats& x, const Codes& codes, const Bos& bos, const Matmul& whole) {
+  const bool spaced = x.size[0] == 1 && x.size[1] == 1 && x.stride[3] == 1;
+  if (codes.groups > 1 || x.type == Float::f32 || !spaced || call.is_captured()) return false;
+  Matmul p = whole;
+  set_rows(p, dense_image(static_cast<const int8_t*>(x.data), 1, 1, x.rows(), x.channels()));
+  p.x.stride_w = x.stride[2];
+  p.x_type = x.type;
+  p.quantizer = {codes.scale, codes.zero_point, codes.bits};
+  if (bos.output) p.bos = bos;
+  return try_to_multiply(call, p);
 }
 
 Tensor quantized_linear_op(const Tensor& x, const Tensor& act_scale, const Tensor& act_zero_point, int64_t act_bits,
@@ -175,13 +176,21 @@ Tensor quantized_linear_op(const Tensor& x, const Tensor& act_scale, const Tenso
   Floats f = float_rows(call, x, &view);
   Codes codes = static_codes(call, act_scale, act_zero_point, act_bits, groups, f.channels());
   check_groups(call, groups, f.channels(), bits);
-  Weight w = static_weight(call, qdata, alpha, beta, bias, groups, bits);
-  Bos bos = bos_of(call, bos_input, bos_output, f.channels(), w.n);
-  auto* xq = static_cast<int8_t*>(call.scratch(f.rows() * f.channels()));
-  if (f.rows()) call.check(quantize(f, codes, Pad{}, xq, call.on()), "the quantizer");
-  Matmul p = row_problem(dense_image(xq, 1, 1, f.rows(), f.channels()), bits);
+  const Weight w = static_weight(call, qdata, alpha, beta, bias, groups, bits);
+  const Bos bos = bos_of(call, bos_input, bos_output, view, w.n);
+  Tensor out = call.empty_rows(view, w.n, dtype_of(f.type));
+  if (f.rows() == 0 || w.n == 0) return out;
+  Matmul p;
+  p.bits = int(bits);
   p.weights[0] = w;
-  return finish_linear(call, p, f, view, bos, groups);
+  set_out(p, call.look(out, "the output"), f.type, w.n);
+  if (multiply_floats(call, f, codes, bos, p)) return out;
+  auto* xq = static_cast<int8_t*>(call.scratch(f.rows() * f.channels()));
+  call.check(quantize(f, codes, Pad{}, xq, call.on()), "the quantizer");
+  set_rows(p, dense_image(xq, 1, 1, f.rows(), f.channels()));
+  multiply(call, p, groups);
+  write_bos(call, f, bos, p.out, f.type, w.n);
+  return out;
 }
 
 Tensor quantized_linear_dynamic_op(const Tensor& x, int64_t act_bits, const Tensor& qdata, const Tensor& scale,
@@ -195,18 +204,21 @@ Tensor quantized_linear_dynamic_op(const Tensor& x, int64_t act_bits, const Tens
   set_groups(call, codes, act_bits, groups, f.channels());
   check_groups(call, groups, f.channels(), bits);
   Weight w = dynamic_weight(call, qdata, scale, weight_sum, bias, groups, bits);
-  Bos bos = bos_of(call, bos_input, bos_output, f.channels(), w.n);
+  const Bos bos = bos_of(call, bos_input, bos_output, view, w.n);
+  Tensor out = call.empty_rows(view, w.n, dtype_of(f.type));
+  if (f.rows() == 0 || w.n == 0) return out;
   auto* xq = static_cast<int8_t*>(call.scratch(f.rows() * f.channels()));
   const int64_t ranges = f.rows() * codes.groups;
   auto* x_scale = static_cast<float*>(call.scratch(ranges * 2 * sizeof(float)));
-  if (f.rows()) {
-    call.check(quantize_per_token(f, codes, xq, x_scale, x_scale + ranges, call.on()), "the quantizer");
-  }
+  call.check(quantize_per_token(f, codes, xq, x_scale, x_scale + ranges, call.on()), "the quantizer");
   Matmul p = row_problem(dense_image(xq, 1, 1, f.rows(), f.channels()), bits);
   p.weights[0] = w;
   p.row_scale = x_scale, p.row_zero_point = x_scale + ranges;
   p.row_stride = codes.groups;
-  return finish_linear(call, p, f, view, bos, groups);
+  set_out(p, call.look(out, "the output"), f.type, w.n);
+  multiply(call, p, groups);
+  write_bos(call, f, bos, p.out, f.type, w.n);
+  return out;
 }
 
 Tensor quantized_conv2d_op(const Tensor& x, const Tensor& act_scale, const Tensor& act_zero_point, int64_t act_bits,

@@ -42,12 +42,12 @@ void close_gaps(Call& call, Matmul& p) {
   p.weight_pitch = 0;
 }
 
+Choice choose(const Call& call, const Matmul& p) { return select(p, call.on().arch, call.on().sm_count); }
+
 // Kernels load weights before the one ahead of them has ended. That is wrong for weights which that one writes, so there
 // the kernel is launched the ordinary way: fresh_weights.
-void run(Call& call, Matmul p, bool fresh_weights) {
+void launch(Call& call, const Choice& choice, Matmul p, bool fresh_weights) {
   Stream on = call.on();
-  Choice choice = select(p, on.arch, on.sm_count);
-  STD_TORCH_CHECK(choice.kernel >= 0, call.op(), ": there is no kernel for the problem ", p.str());
   const Kernel& kernel = catalogue()[choice.kernel];
   bool unpacks = p.bits != 8 && !kernel.packed;
   if (p.pitch() != p.packed_channels() && (unpacks || std::strcmp(kernel.name, "direct") == 0)) {
@@ -65,6 +65,12 @@ void run(Call& call, Matmul p, bool fresh_weights) {
   cudaError_t error = function(p, choice.splits, on);
   STD_TORCH_CHECK(error == cudaSuccess, call.op(), ": kernel ", kernel.name, " with ", choice.splits,
                   " splits failed: ", cudaGetErrorString(error), "; problem ", p.str());
+}
+
+void run(Call& call, const Matmul& p, bool fresh_weights) {
+  Choice choice = choose(call, p);
+  STD_TORCH_CHECK(choice.kernel >= 0, call.op(), ": there is no kernel for the problem ", p.str());
+  launch(call, choice, p, fresh_weights);
 }
 
 // Each group of input channels has scales of its own: its product is added to the float32 sum of those before it, and the
@@ -103,8 +109,12 @@ void run_groups(Call& call, const Matmul& whole, const Ints& groups, bool fresh_
 
 }  // namespace
 
-bool is_multiplied(const Call& call, const Matmul& p) {
-  return select(p, call.on().arch, call.on().sm_count).kernel >= 0;
+bool is_multiplied(const Call& call, const Matmul& p) { return choose(call, p).kernel >= 0; }
+
+bool try_to_multiply(Call& call, const Matmul& p) {
+  Choice choice = choose(call, p);
+  if (choice.kernel >= 0) launch(call, choice, p, call.copied_weight());
+  return choice.kernel >= 0;
 }
 
 void multiply(Call& call, const Matmul& p, const Ints& groups) {

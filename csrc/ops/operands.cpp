@@ -170,10 +170,14 @@ void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, c
   if (one_row) p.residual_rows = p.out_h * p.out_w;
 }
 
-Matmul row_problem(const Image& x, int64_t bits) {
-  Matmul p;
+void set_rows(Matmul& p, const Image& x) {
   p.x = x;
   p.out_h = x.height, p.out_w = x.width;
+}
+
+Matmul row_problem(const Image& x, int64_t bits) {
+  Matmul p;
+  set_rows(p, x);
   p.bits = int(bits);
   return p;
 }

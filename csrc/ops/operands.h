@@ -33,6 +33,8 @@ void add_image_residual(Call& call, Matmul& p, const OptionalTensor& residual, c
 
 Matmul row_problem(const Image& x, int64_t bits);
 
+void set_rows(Matmul& p, const Image& x);
+
 // Sizes of the output and the window's steps; r and s are set already.
 void set_window(const Call& call, Matmul& p, const Ints& stride, const Ints& dilation);
 

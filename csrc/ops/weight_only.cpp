@@ -66,12 +66,12 @@ Tensor linear_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor&
   const Floats f = float_rows(call, rows, &v);
   Matmul p = row_problem(dense_image(static_cast<const int8_t*>(v.data), 1, 1, f.rows(), f.channels()), bits);
   set_floating(call, p, f.type, qdata, scale, bias, groups, bits, 2);
-  const Bos bos = bos_of(call, bos_input, bos_output, f.channels(), p.n());
+  const Bos bos = bos_of(call, bos_input, bos_output, v, p.n());
   if (p.m() == 0 || p.n() == 0 || multiplies_floats(call, p, groups)) {
     Tensor out = call.empty_rows(v, p.n(), v.dtype);
     set_out(p, call.look(out, "the output"), f.type, p.n());
     multiply(call, p, groups);
-    write_bos(call, f, v, bos, p.out, f.type, p.n());
+    write_bos(call, f, bos, p.out, f.type, p.n());
     return out;
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
@@ -79,7 +79,7 @@ Tensor linear_weight_only_op(const Tensor& x, const Tensor& qdata, const Tensor&
                                     torch::stable::detail::from(bias_like(bias, x))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   Tensor out = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
-  write_bos(call, f, v, bos, call.look(out, "the output").data, f.type, p.n());
+  write_bos(call, f, bos, call.look(out, "the output").data, f.type, p.n());
   return out;
 }
 

@@ -11,7 +11,7 @@ namespace mixdq {
   X(sm90_128x160_packed) X(sm90_64x160_packed) X(sm90_64x80_packed) X(sm90_128x64_packed)                  \
   X(sm90_128x160_geglu) X(sm90_64x160_geglu)                                                               \
   X(sm90_128x160_packed_geglu) X(sm90_64x160_packed_geglu)                                                 \
-  X(sm90_128x128_floating) X(sm90_64x80_floating)
+  X(sm90_128x128_floating) X(sm90_64x80_floating) X(sm90_64x80_quantizing)
 
 #define MIXDQ_DECLARE(NAME) cudaError_t NAME(const Matmul&, int splits, const Stream&);
 MIXDQ_SM90_KERNELS(MIXDQ_DECLARE)

@@ -1,8 +1,9 @@
 // The threads that load tiles by TMA: one for each operand, since one alone issues copies more slowly than small tiles are
-// multiplied; where other warps spread packed weights, one for both.
+// multiplied; where other warps prepare what was copied, one for both.
 #pragma once
 #include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
+#include "sm90/encode.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/spread.cuh"
 
@@ -56,11 +57,11 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
   constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   const CUtensorMap* map = weight_map_of<C>(p, t, step);
   if constexpr (C::packed) {
-    FullBarrier::arrive_and_expect_tx(sm.packed_full(stage), C::kTileN * p.packed_tile);
-    cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage), step.block * p.packed_tile,
+    FullBarrier::arrive_and_expect_tx(sm.raw_full(stage), C::kTileN * p.packed_tile);
+    cute::SM90_TMA_LOAD_3D::copy(map, sm.raw_full(stage), kKeep, sm.raw(stage), step.block * p.packed_tile,
                                  step.tap, t.n0);
     if (C::kGeglu) {
-      cute::SM90_TMA_LOAD_3D::copy(map, sm.packed_full(stage), kKeep, sm.packed(stage) + C::kTileOut * p.packed_tile,
+      cute::SM90_TMA_LOAD_3D::copy(map, sm.raw_full(stage), kKeep, sm.raw(stage) + C::kTileOut * p.packed_tile,
                                    step.block * p.packed_tile, step.tap, p.weights[t.weight].n / 2 + t.n0);
     }
   } else {
@@ -84,10 +85,15 @@ __device__ __forceinline__ void load_weight(const Params& p, const Shared<C>& sm
 template <class C>
 __device__ __forceinline__ void load_input(const Params& p, const Shared<C>& sm, int stage, int m0, const Origin& from,
                                            const Step& step) {
+  constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  if constexpr (C::kQuantizes) {
+    FullBarrier::arrive_and_expect_tx(sm.raw_full(stage), C::kRawBytes);
+    cute::SM90_TMA_LOAD_2D::copy(&p.input, sm.raw_full(stage), kKeep, sm.raw(stage), step.block * 2 * kRowBytes, m0);
+    return;
+  }
   const CUtensorMap* map = C::kTails && step.tail ? &p.input_tail : &p.input;
   FullBarrier::arrive_and_expect_tx(sm.full(stage), C::kTileM * row_bytes<C>(step));
   if (p.rows) {
-    constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     cute::SM90_TMA_LOAD_2D::copy(map, sm.full(stage), kKeep, sm.input(stage), step.block * kRowBytes, m0);
     return;
   }
@@ -153,12 +159,14 @@ __device__ void produce(const Params& p, const Shared<C>& sm, int first, int str
   }
 }
 
-// The warps that load, and those that spread packed weights.
+// The warps that load, and those that prepare what was loaded.
 template <class C>
 __device__ __forceinline__ void feed(const Params& p, const Shared<C>& sm, int warp, int first, int stride, int tiles,
                                      Reduction r) {
   if (warp == 0) {
-    if (cute::elect_one_sync()) produce<C, true, C::packed>(p, sm, first, stride, tiles, r);
+    if (cute::elect_one_sync()) produce<C, true, C::kPrepares>(p, sm, first, stride, tiles, r);
+  } else if constexpr (C::kQuantizes) {
+    encode_input(p, sm, warp - 1, r.count);
   } else if constexpr (C::packed) {
     if (first < tiles) spread(p, sm, warp - 1, (tiles - first + stride - 1) / stride * r.count);
   } else if (warp == 1) {

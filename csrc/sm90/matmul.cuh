@@ -14,7 +14,8 @@
 //
 // Packed weights pass through warps that spread the codes over bytes: each code lands in the high bits of its
 // byte, so sums come out 16 or 64 times too large, within the range of int8 sums, and are shifted back exactly. Where
-// activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue.
+// activations are floats, those warps widen the codes of every width to floats; scales stay in the epilogue. Other floats
+// become codes on their way, again for each tile, which takes longer than a quantizer by itself but saves its launch.
 //
 // GEGLU: half of a tile's columns are values, the other half their gates, which come from the second half of the weight.
 #pragma once
@@ -25,6 +26,7 @@
 #include "sm90/epilogue.cuh"
 #include "sm90/geglu_epilogue.cuh"
 #include "sm90/kernels.h"
+#include "sm90/known_token.cuh"
 #include "sm90/load.cuh"
 #include "sm90/tensor_map.h"
 
@@ -37,10 +39,10 @@ template <class C>
 __device__ __forceinline__ void start_barriers(const Params& p, const Shared<C>& sm) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      // The input's copy, and the weights' or each lane of the warp that spreads them.
+      // The copies of both operands, or for one those who prepare it: each lane of a warp, or one for all warps.
       FullBarrier::init(sm.full(i), C::packed ? 1 + 32 : 2);
       EmptyBarrier::init(sm.empty(i), (C::kPingPong ? 4 : C::kMathGroups * 4) * (C::kSharing ? p.splits : 1));
-      if constexpr (C::packed) FullBarrier::init(sm.packed_full(i), 1);
+      if constexpr (C::kPrepares) FullBarrier::init(sm.raw_full(i), 1);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -73,9 +75,9 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
   const Reduction r(p, p.steps * rank / splits, p.steps * (rank + 1) / splits);
   const int thread = threadIdx.x % kGroup, warp = cutlass::canonical_warp_idx_sync();
   const Tile t = locate<C>(p, index);
-  const int group = C::kMathGroups == 1 ? 0 : warp / (kGroup / 32) - 1, row0 = group * C::kBlocksM * 64;
+  const int group = C::kMathGroups == 1 ? 0 : warp / (kGroup / 32) - C::kFeedGroups, row0 = group * C::kBlocksM * 64;
   const Columns<C> columns(sm.vectors(group));
-  if (warp < kGroup / 32) {
+  if (warp < C::kFeedWarps) {
     feed(p, sm, warp, index, 1, index + 1, r);
     __syncwarp();
     wait_for_previous();
@@ -93,9 +95,10 @@ __device__ __forceinline__ void run_single(const Params& p, const Shared<C>& sm)
     loads.store(columns, p.weights[t.weight].bias_type);
     cutlass::arch::NamedBarrier::sync(C::kMathGroups * kGroup, 1);  // and every warp is done with the stages
     if (splits == 1) {
-      Staging<C> staging{sm.staging(warp - kGroup / 32)};
+      Staging<C> staging{sm.staging(warp - C::kFeedWarps)};
       write_tile<C>(p, t, at, columns, sums, residuals, staging);
       staging.finish();
+      if (C::kQuantizes && p.bos.output) write_known_token<C>(p, t, at);
       return;
     }
     const int lane = thread % 32;
@@ -187,8 +190,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) matmul(const __g
 
 template <class C>
 cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
+  if (problem.bos.output) splits = 1;  // whoever writes a row knows all of it
   Params p = {};
-  if (input_map(problem, C::kTileM, kRowBytes, &p.input) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  const int input_row = C::kQuantizes ? 2 * kRowBytes : kRowBytes;
+  if (input_map(problem, C::kTileM, input_row, &p.input) != CUDA_SUCCESS) return cudaErrorInvalidValue;
   const int box_rows = C::kSharing ? C::kTileN / splits : C::kTileOut;
   int column = 0, out_align = 0;
   for (int i = 0; i < problem.weight_count; ++i) {
@@ -233,13 +238,16 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   p.residual_rows = problem.residual_rows;
   p.out = problem.out, p.out_type = problem.out_type, p.out_stride = problem.out_stride;
   p.geglu = problem.geglu;
+  p.quantizer = problem.quantizer, p.bos = problem.bos;
+  p.x = problem.x.data, p.x_type = problem.x_type, p.x_stride = problem.x.stride_w, p.channels = problem.x.channels;
   auto aligned = [&](const void* data, int64_t stride, Float type) {
     const int bytes = type == Float::f32 ? 4 : 2;
     return (reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * bytes) | uintptr_t(out_align * bytes)) % 16 == 0;
   };
   p.out_aligned = aligned(p.out, p.out_stride, p.out_type);
   p.residual_aligned = aligned(p.residual, p.residual_stride, p.residual_type);
-  p.bulk_out = !C::kGeglu && p.out_type != Float::f32 && p.out_aligned;
+  // Bulk copies would arrive after what is written over them.
+  p.bulk_out = !C::kGeglu && !p.bos.output && p.out_type != Float::f32 && p.out_aligned;
   if (p.residual) p.bulk_out &= p.residual_aligned && p.residual_type == p.out_type;
   for (int i = 0; p.bulk_out && i < problem.weight_count; ++i) {
     if (out_map(problem, p.column[i], p.weights[i], C::kWarpRows, C::kChunk, &p.out_maps[i]) != CUDA_SUCCESS) {
@@ -287,6 +295,13 @@ cudaError_t run(const Matmul& problem, int splits, const Stream& on) {
   cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
     using namespace mixdq::sm90;                                                                       \
     return run<Config<TILE_M, TILE_N, Turns::TURNS, PACKED, Int8, true>>(problem, splits, on);         \
+  }
+
+// The same with quantization at the beginning.
+#define MIXDQ_SM90_QUANTIZING_INSTANCE(NAME, TILE_M, TILE_N, TURNS)                                    \
+  cudaError_t mixdq::NAME(const Matmul& problem, int splits, const Stream& on) {                       \
+    using namespace mixdq::sm90;                                                                       \
+    return run<Config<TILE_M, TILE_N, Turns::TURNS, false, Int8, false, true>>(problem, splits, on);   \
   }
 
 // The same for floating activations: one instance for each type.

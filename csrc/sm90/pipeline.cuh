@@ -20,13 +20,16 @@ constexpr int kPart = 16, kPartPitch = 4 * kPart;
 
 enum class Turns { single, sharing, ping_pong, pairs, cooperative };
 
-template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8, bool Geglu_ = false>
+template <int TileM, int TileN, Turns turns_, bool Packed, class Math_ = Int8, bool Geglu_ = false, bool Quantizes = false>
 struct Config {
   using Math = Math_;
   static constexpr int kTileM = TileM, kTileN = TileN;
   static constexpr Turns turns = turns_;
   static constexpr bool packed = Packed;
-  static constexpr bool kTails = !Packed;
+  static constexpr bool kQuantizes = Quantizes;
+  // What is copied passes through other warps of the block: packed weights, or floats.
+  static constexpr bool kPrepares = Packed || Quantizes;
+  static constexpr bool kTails = !kPrepares;
   static constexpr bool kGeglu = Geglu_;
   // Columns of the output. Of GEGLU a tile has as many of the values, then the same ones of the gates.
   static constexpr int kTileOut = kGeglu ? TileN / 2 : TileN;
@@ -36,18 +39,21 @@ struct Config {
   // A large tile that is split has a group for each 64 rows, as many threads as can to write and add up its sums.
   static constexpr bool kLarge = TileM * TileN > 128 * 64;
   static constexpr int kMathGroups = turns == Turns::single && !kLarge ? 1 : kOneTile ? TileM / 64 : 2;
-  static constexpr int kThreads = kGroup * (kMathGroups + 1);
-  // Packed weights are a while under way, first from memory and then through the warps that spread them: that takes more
-  // stages than fit twice.
-  static constexpr int kBlocksPerSm = kOneTile && !packed && !kLarge ? 2 : 1;
+  // Of the threads that load and prepare: quantizing is most of the work where it is done.
+  static constexpr int kFeedGroups = kQuantizes ? 2 : 1, kFeedWarps = kFeedGroups * kGroup / 32;
+  static constexpr int kPreparers = kFeedWarps - 1;  // warps; one of those that feed copies
+  static constexpr int kThreads = kGroup * (kMathGroups + kFeedGroups);
+  // What is prepared is a while under way, first from memory and then through those warps: that takes more stages than fit
+  // twice.
+  static constexpr int kBlocksPerSm = kOneTile && !kPrepares && !kLarge ? 2 : 1;
   // Rows of one math group, in blocks of the 64 that an instruction takes.
   static constexpr int kBlocksM = (kPingPong ? TileM : TileM / kMathGroups) / 64;
 
   static constexpr int kTileK = kRowBytes / Math::kBytes;  // channels of a step of the reduction
   static constexpr int kInputBytes = TileM * kRowBytes;
   static constexpr int kWeightBytes = TileN * kRowBytes;
-  static constexpr int kPackedBytes = Packed ? TileN * kRowBytes / 2 : 0;
-  static constexpr int kStageBytes = kInputBytes + kWeightBytes + kPackedBytes;
+  static constexpr int kRawBytes = Packed ? TileN * kRowBytes / 2 : Quantizes ? TileM * kTileK * 2 : 0;
+  static constexpr int kStageBytes = kInputBytes + kWeightBytes + kRawBytes;
 
   // Epilogue: 16-bit outputs leave a warp's registers by way of buffers, kChunk columns at a time, and codes all at once.
   // Where a block has one tile those, or the sums of a split reduction, take the place of the stages.
@@ -77,6 +83,7 @@ struct Config {
   static_assert(kStages >= 3 && 3 * kStages * 8 <= 512);
   static_assert(turns != Turns::single || TileM * kSumsRow * 4 <= kStages * kStageBytes);
   static_assert(!kGeglu || !kOneTile && kTileOut % kPart == 0 && kBufferBytes % 128 == 0);
+  static_assert(!Quantizes || kOneTile && !Packed && Math::kBytes == 1);
 };
 
 struct Params {
@@ -111,7 +118,12 @@ struct Params {
   int64_t out_stride;
   bool out_aligned;  // each weight's columns can be written in pieces of 16 bytes
   bool bulk_out;     // and by bulk copies: 16-bit outputs and, if there is one, an aligned residual of their type
-  Geglu geglu;
+  Quantizer geglu, quantizer;
+  const void* x;  // what is quantized
+  Float x_type;
+  int64_t x_stride;
+  int channels;
+  Bos bos;
 };
 
 // Steps of a tile's reduction, the first of which have whole rows.
@@ -155,8 +167,9 @@ struct Shared {
   __device__ explicit Shared(uint8_t* raw) : base(raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023)) {}
   __device__ uint8_t* input(int stage) const { return base + stage * C::kInputBytes; }
   __device__ uint8_t* weight(int stage) const { return base + C::kStages * C::kInputBytes + stage * C::kWeightBytes; }
-  __device__ uint8_t* packed(int stage) const {
-    return base + C::kStages * (C::kInputBytes + C::kWeightBytes) + stage * C::kPackedBytes;
+  // What is to be prepared.
+  __device__ uint8_t* raw(int stage) const {
+    return base + C::kStages * (C::kInputBytes + C::kWeightBytes) + stage * C::kRawBytes;
   }
   __device__ uint8_t* staging(int warp) const {
     return base + (C::kOneTile ? 0 : C::kStages * C::kStageBytes) + warp * C::kBuffers * C::kBufferBytes;
@@ -168,7 +181,7 @@ struct Shared {
     return reinterpret_cast<uint64_t*>(base + C::kStages * C::kStageBytes + C::kStagingBytes + C::kVectorBytes) + stage;
   }
   __device__ uint64_t* empty(int stage) const { return full(C::kStages + stage); }
-  __device__ uint64_t* packed_full(int stage) const { return full(2 * C::kStages + stage); }
+  __device__ uint64_t* raw_full(int stage) const { return full(2 * C::kStages + stage); }
   __device__ auto* sums() const { return reinterpret_cast<typename C::Math::Sum*>(base); }
 };
 

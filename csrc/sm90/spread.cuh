@@ -1,11 +1,9 @@
 // The warps that spread packed codes over the bytes or floats that wgmma reads.
 #pragma once
 #include "sm90/halves.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/prepare.cuh"
 
 namespace mixdq::sm90 {
-
-constexpr int kSpreaders = 3;  // warps
 
 // Eight 4-bit codes to bytes, in order, each in the high half.
 __device__ __forceinline__ uint2 spread4(uint32_t v) {
@@ -86,32 +84,20 @@ __device__ __forceinline__ void spread_stage(const uint8_t* from, uint8_t* to) {
   }
 }
 
-// Stored codes to the swizzled tile that wgmma reads. Each of the warps takes a stage in turn: with all of them at one
+// By one of the warps that do so, for all steps of all tiles. Each of them takes a stage in turn: with all of them at one
 // stage, a step is as long as the waits at its barriers and for shared memory, one after the other.
-template <class C, int kBits>
-__device__ void spread_bits(const Shared<C>& sm, int warp, int steps) {
-  Turn<C> turn;
-  turn.next(warp);
-  for (int i = warp; i < steps; i += kSpreaders, turn.next(kSpreaders)) {
-    // Copies may arrive in another order than they were asked for, and a barrier tells only whether its uses are even or
-    // odd: first the stage's use before has to be over, which another warp has spread.
-    EmptyBarrier::wait(sm.empty(turn.stage), turn.phase ^ 1);
-    FullBarrier::wait(sm.packed_full(turn.stage), turn.phase);
-    spread_stage<C, kBits>(sm.packed(turn.stage), sm.weight(turn.stage));
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    FullBarrier::arrive(sm.full(turn.stage));  // each lane: racecheck does not see that one arrives for its warp
-  }
-}
-
-// By one of kSpreaders warps, for all steps of all tiles.
 template <class C>
 __device__ __forceinline__ void spread(const Params& p, const Shared<C>& sm, int warp, int steps) {
+  static_assert(C::kPreparers <= C::kStages, "nobody waits for a use of a stage while the one before is outstanding");
+  auto spread_bits = [&](auto bits) {
+    prepare(sm, warp, C::kPreparers, steps,
+            [&](int stage) { spread_stage<C, bits.value>(sm.raw(stage), sm.weight(stage)); });
+  };
   if constexpr (C::Math::kBytes == 2) {
-    if (p.shift == 0) return spread_bits<C, 8>(sm, warp, steps);
+    if (p.shift == 0) return spread_bits(std::integral_constant<int, 8>());
   }
-  if (p.shift == 4) return spread_bits<C, 4>(sm, warp, steps);
-  spread_bits<C, 2>(sm, warp, steps);
+  if (p.shift == 4) return spread_bits(std::integral_constant<int, 4>());
+  spread_bits(std::integral_constant<int, 2>());
 }
 
 }  // namespace mixdq::sm90

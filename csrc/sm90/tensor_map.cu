@@ -19,9 +19,11 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   return encode;
 }
 
-// So that eight rows of a tile, as wgmma reads them, lie in all banks.
+// So that eight rows of a tile, as wgmma reads them, lie in all banks. Longer rows are for ordinary loads.
 CUtensorMapSwizzle swizzle_of(int bytes) {
-  return bytes == kRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  return bytes > kRowBytes    ? CU_TENSOR_MAP_SWIZZLE_NONE
+         : bytes == kRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B
+                              : CU_TENSOR_MAP_SWIZZLE_64B;
 }
 
 }  // namespace
@@ -33,7 +35,7 @@ CUresult input_map(const Matmul& p, int tile_m, int row, CUtensorMap* map) {
   if (!tiled || !im2col) return CUDA_ERROR_NOT_SUPPORTED;
   void* data = const_cast<int8_t*>(p.x.data);
   const Image& x = p.x;
-  const int bytes = p.element_bytes();
+  const int bytes = p.x_bytes();
   if (p.is_rows()) {
     cuuint64_t size[2] = {cuuint64_t(x.channels * bytes), cuuint64_t(p.m())};
     cuuint64_t stride[1] = {cuuint64_t(x.stride_w * bytes)};

@@ -10,8 +10,8 @@ constexpr int kRowBytes = 128;
 // Of the last step of a tap whose channels fill half of it or less, as 320 do: half the arithmetic.
 constexpr int kTailBytes = 64;
 
-// Tiles of tile_m output pixels by `bytes` of their channels: kRowBytes, or kTailBytes. As rows [m, channels] where the
-// problem allows, else im2col.
+// Tiles of tile_m output pixels by `bytes` of their channels: kRowBytes, kTailBytes, or twice kRowBytes of floats that are
+// to be quantized. As rows [m, channels] where the problem allows, else im2col.
 CUresult input_map(const Matmul& problem, int tile_m, int bytes, CUtensorMap* map);
 
 // Boxes of `rows` by `columns` of a weight's 16-bit outputs, whose first column is `column` of the output.
