@@ -782,6 +782,8 @@ def test_quantizing_in_the_product_equals_two_operators(kernel, monkeypatch):
         if rng.random() < 0.3:  # on halves between two codes, or beside them where the dtype has no such number
             x = (((x / static[0]).nan_to_num(0).clamp(-300, 300).floor() + 0.5) * static[0]).to(dtype)
         x = laid_out(x, rng.choice(("contiguous", rng.choice(LINEAR_LAYOUTS))))
+        if rng.random() < 0.1:  # rows that are one
+            x = x.reshape(-1, k)[:1].expand(5, k)
         one = ops.quantized_linear(x, *static, *weight)
         two = ops.linear_int8(ops.quantize(x, *static, [k], None), *weight, dtype)
         told = (x.shape, x.stride(), dtype, n, bits, static)

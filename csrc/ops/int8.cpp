@@ -156,7 +156,7 @@ Tensor conv2d_int8_op(const Tensor& xq, const Tensor& qdata, const Tensor& alpha
 // One kernel that quantizes and multiplies, and knows the first token as well. In a graph a kernel for each takes less time,
 // and nobody waits for their launches.
 bool multiply_floats(Call& call, const Floats& x, const Codes& codes, const Bos& bos, const Matmul& whole) {
-  const bool spaced = x.size[0] == 1 && x.size[1] == 1 && x.stride[3] == 1;
+  const bool spaced = x.size[0] == 1 && x.size[1] == 1 && x.stride[3] == 1 && x.stride[2] >= x.channels();
   if (codes.groups > 1 || x.type == Float::f32 || !spaced || call.is_captured()) return false;
   Matmul p = whole;
   set_rows(p, dense_image(static_cast<const int8_t*>(x.data), 1, 1, x.rows(), x.channels()));
