@@ -81,9 +81,7 @@ def unet_claims(results: dict[str, Results]) -> Iterator[Claim]:
             speedup = None if found is None else results[name].speedup(found)
             yield Claim(f"UNet {variant} over compiled fp16, {size} px, batch {batch}", speedup, needed[size, batch])
     small = "512px_batch1"
-    floating, rewritten = row(small, "fp16"), row(small, "w8a8-no-inductor")
-    calls = _ratio(floating and floating.call_ms, rewritten and rewritten.call_ms)
-    yield Claim("UNet W8A8 with our rewrites (backend='eager') without a graph, over fp16", calls, 1.0)
+    floating = row(small, "fp16")
     for variant, label in (("w8a8-eager", "eager"), ("w8a8-no-inductor", "with our rewrites (backend='eager')")):
         older = row("sm80", variant)
         ms = older and older.latency.median

@@ -679,7 +679,7 @@ def test_all_steps_are_commands_of_the_repository(tmp_path):
             ]
             assert all((run_all.ROOT / path).exists() for path in paths) and (paths or "mixdq_ao" in command)
     benches = [command for step in found for command in step.commands if "bench" in command]
-    assert len(benches) == 8
+    assert len(benches) == 7
     for command in benches:
         arguments = command[command.index("bench") + 1 :]
         names = next(a for a in arguments if a.startswith("--variants=")).partition("=")[2].split(",")
@@ -733,7 +733,6 @@ def test_goals_and_what_was_measured(tmp_path):
         measured("fp16", call_ms=30.0, static=5000 * 2**20, activation=100 * 2**20),
         measured("fp16-compiled", ms=9.0, activation=50 * 2**20),
         measured("w8a8", ms=5.0, static=2400 * 2**20, activation=60 * 2**20),
-        measured("w8a8-no-inductor", call_ms=40.0),
         Row("w4a8", 1, "now", error="no memory"),
     ]
     of(*rows).write(tmp_path / "bench_512px_batch1.json")
@@ -760,7 +759,6 @@ conv layers, W8A8, over fp16, 512 px, batch 1, >= 2 x, 0.8 x, no
 the slowest layer of all, W8A8, over fp16, >= 1 x, 0.8 x, no
 all layers, time of W4A8 over W8A8, 512 px, batch 1, <= 1.15 x, 1.16 x, no
 UNet w8a8 over compiled fp16, 512 px, batch 1, >= 1.5 x, 1.8 x, yes
-UNet W8A8 with our rewrites (backend='eager') without a graph, over fp16, >= 1 x, 0.75 x, no
 UNet W8A8 eager, kernels of older GPUs, <= 12 ms, 11 ms, yes
 static memory of W8A8, <= 2,500 MiB, 2,400 MiB, yes
 peak memory of W8A8, of fp16's, 512 px, batch 1, <= 0.51 x, 0.482 x, yes
