@@ -119,6 +119,9 @@ def main(
                 host_us(module, x)
             calls = {variant: lambda m=module, x=x: host_us(m, x) for variant, module in both.items()}
             found["layers"][name] = in_turn(calls, max(2, rounds // 2))
+            # No bar, whose thread would take turns as well.
+            print(f"{name}: {found['layers'][name]['ratio']:.2f}x", flush=True)
+    print(f"SDXL's UNet, {rounds} calls in fp16 and as many in W8A8", flush=True)
     found["unet"] = unets(rounds, unet_layers)
     write_text(out, json.dumps(found, indent=1) + "\n")
     show(Console(width=100), found)
