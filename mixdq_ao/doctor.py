@@ -104,13 +104,19 @@ SM_COUNTS = {80: 108, 86: 84, 89: 128, 90: 132}
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """The kernel that is chosen for a problem, and for every kernel why it cannot do it, or an empty string."""
+    """The kernel that is chosen for a problem, and for every kernel why it cannot do it, or an empty string.
+
+    ``eager``: the one that quantizes and multiplies if 16-bit activations come in an eager call that no CUDA graph
+    records; None where a quantizer runs first.
+    """
 
     problem: str
     arch: int
     kernel: str
     splits: int
     tuned: bool
+    eager: str | None
+    eager_splits: int
     reasons: dict[str, str]
 
 
@@ -135,11 +141,13 @@ def layer_kernels(m: int, n: int, k: int, taps: int = 1, bits: int = 8, arch: in
     arch = arch or 90
     try:
         choice = native.select(**size, arch=arch, sm_count=sm_count)
+        eager = native.select(**size, arch=arch, sm_count=sm_count, quantizes=True)
         reasons = {kernel.name: native.why_not(kernel.name, **size, arch=arch) for kernel in native.kernels()}
     except (ValueError, RuntimeError) as error:  # of the size, or of MIXDQ_KERNEL and MIXDQ_TUNING_TABLE
         raise MixDQError(str(error)) from None
     problem = f"m {m}, n {n}, k {k}" + (f" in {taps} taps" if taps > 1 else "") + f", {bits}-bit weight"
-    return LayerKernels(problem, arch, choice.kernel, choice.splits, choice.tuned, reasons)
+    of_eager = (eager.kernel, eager.splits) if eager else (None, 1)
+    return LayerKernels(problem, arch, choice.kernel, choice.splits, choice.tuned, *of_eager, reasons)
 
 
 def parse_layer(text: str) -> tuple[int, ...]:
@@ -155,9 +163,15 @@ def parse_layer(text: str) -> tuple[int, ...]:
 
 def layer_table(found: LayerKernels) -> list[tuple[str, str]]:
     """A row for each kernel: its name, and what speaks for or against it."""
-    split = f", {found.splits} parts of the reduction" if found.splits > 1 else ""
-    chosen = f"runs, {'measured' if found.tuned else 'by rule'}{split}"
-    return [(name, chosen if name == found.kernel else why or "could") for name, why in found.reasons.items()]
+
+    def parts(splits: int) -> str:
+        return f", {splits} parts of the reduction" if splits > 1 else ""
+
+    chosen = {}
+    if found.eager:
+        chosen[found.eager] = f"quantizes as well, in eager calls that no graph records{parts(found.eager_splits)}"
+    chosen[found.kernel] = f"runs, {'measured' if found.tuned else 'by rule'}{parts(found.splits)}"
+    return [(name, chosen.get(name) or why or "could") for name, why in found.reasons.items()]
 
 
 def as_json(findings: list[Finding]) -> list[dict]:

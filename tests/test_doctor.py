@@ -55,6 +55,11 @@ sm80_128x16: needs a multiple of 16 input channels; found 8
 few_rows: takes up to 16 rows; found 4096
 direct: runs, by rule""",
     )
+    if "90a" in doctor._catalogue().facts()["archs"].split(";"):
+        of_eager = dict(doctor.layer_table(doctor.layer_kernels(256, 1280, 1280, arch=90)))["sm90_64x80_quantizing"]
+        assert of_eager == "quantizes as well, in eager calls that no graph records, 2 parts of the reduction"
+    packed = doctor.layer_kernels(256, 1280, 1280, bits=4, arch=90)
+    assert packed.eager is None and dict(doctor.layer_table(packed))["sm90_64x80_quantizing"] != "could"
     with pytest.raises(MixDQError, match="k a multiple of taps"):
         doctor.layer_kernels(1, 1, 10, taps=3)
 
