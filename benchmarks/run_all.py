@@ -56,8 +56,11 @@ class Ended:
     last: str = ""
 
 
-def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
-    """All there are, in the order in which they tell most. ``plan``: of SDXL's weights, as one more variant."""
+def steps(out: Path, gpus: int, scratch: Path, plan: Path | None = None) -> list[Step]:
+    """All there are, in the order in which they tell most.
+
+    ``scratch``: an empty folder for what nobody wants afterwards. ``plan``: of SDXL's weights, as one more variant.
+    """
     python = [sys.executable]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     limit = ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
@@ -105,7 +108,7 @@ def steps(out: Path, gpus: int, plan: Path | None = None) -> list[Step]:
     unets = [[*small, *([f"--plan={plan}"] if plan else [])], unet(1024, 8, "torchao-fp8")]
     # Side by side, compilers slow one another: what compiling takes is measured alone, first with an empty cache, then
     # with what that has left there.
-    cache = f"TORCHINDUCTOR_CACHE_DIR={Path(tempfile.gettempdir()) / f'mixdq_ao_starts_{os.getpid()}'}"
+    cache = f"TORCHINDUCTOR_CACHE_DIR={scratch / 'starts'}"
     eager = script("eager.py", f"--out={out}/eager.json")
     starts = [["env", cache, *bench(name, f"--variants={variants}", "--no-cold", "--repeats=3")]
               for name, variants in (("cold", "float-compiled,w8a8"), ("warm", "w8a8"))]  # fmt: skip
@@ -212,18 +215,18 @@ def main(
     import torch
 
     out = out.resolve()
-    todo = steps(out, torch.cuda.device_count(), plan and plan.resolve())
-    if only:
-        wanted, known = [name.strip() for name in only.split(",")], [step.name for step in todo]
-        if unknown := [name for name in wanted if name not in known]:
-            raise SystemExit(f"There is no step {', '.join(unknown)}. The steps are {', '.join(known)}.")
-        todo = [step for step in todo if step.name in wanted]
-    out.mkdir(parents=True, exist_ok=True)
     console = Console(width=150)
-    # Where torch lies in a folder that cannot be written, each process would compile Python's sources anew: a second or
-    # two of every first call.
-    with tempfile.TemporaryDirectory() as bytecode:
-        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = steps(out, torch.cuda.device_count(), Path(scratch), plan and plan.resolve())
+        if only:
+            wanted, known = [name.strip() for name in only.split(",")], [step.name for step in todo]
+            if unknown := [name for name in wanted if name not in known]:
+                raise SystemExit(f"There is no step {', '.join(unknown)}. The steps are {', '.join(known)}.")
+            todo = [step for step in todo if step.name in wanted]
+        out.mkdir(parents=True, exist_ok=True)
+        # Where torch lies in a folder that cannot be written, each process would compile Python's sources anew: a
+        # second or two of every first call.
+        os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(scratch, "bytecode")
         ended = run_all(todo, out, minutes * 60, environment(), console)
     show(console, ended)
     if any(e.how != "ok" for e in ended):

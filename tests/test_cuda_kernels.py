@@ -766,10 +766,8 @@ def test_quantizing_in_the_product_equals_two_operators(kernel, monkeypatch):
         rng = random.Random(f"quantizing product {kernel} {i}")
         suits = rng.random() < 0.8
         dtype, bits = (rng.choice(FLOATS[:2]), 8) if suits else (rng.choice(FLOATS), rng.choice((8, 4)))
-        k, n = (
-            16 * rng.randint(1, rng.choice((90, 240))) + (0 if suits else 3),
-            log_uniform(rng, 1000 if ON_GPU else 200),
-        )
+        k = 16 * rng.randint(1, rng.choice((90, 240))) + (0 if suits else 3)
+        n = log_uniform(rng, 1000 if ON_GPU else 200)
         lead = rng.choice(((log_uniform(rng, 1000 if ON_GPU else 150),), (2, 77), ()))
         torch.manual_seed(i)
         x = (torch.randn(*lead, k, device=DEVICE) * rng.choice((0.1, 1.5, 20.0))).to(dtype)
@@ -845,12 +843,8 @@ def test_known_first_tokens_in_the_product(kernel, monkeypatch):
     written = 0
     for i in range(40 if ON_GPU else 16):
         rng = random.Random(f"bos in the product {kernel} {i}")
-        samples, rows, k, n = (
-            rng.randint(1, 3),
-            rng.choice((60, 64, 77, 130)),
-            16 * rng.randint(1, 40),
-            rng.randint(1, 170),
-        )
+        samples, rows = rng.randint(1, 3), rng.choice((60, 64, 77, 130))
+        k, n = 16 * rng.randint(1, 40), rng.randint(1, 170)
         x = torch.randn(samples, rows, k, device=DEVICE).to(rng.choice(FLOATS[:2]))
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
         scale = torch.rand(1, n, device=DEVICE) * 1e-2

@@ -670,7 +670,7 @@ def test_steps_use_the_table_that_was_tuned(tmp_path):
 def test_all_steps_are_commands_of_the_repository(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text("conv_in: 8\n")
-    found = run_all.steps(tmp_path, 2, plan)
+    found = run_all.steps(tmp_path, 2, tmp_path / "scratch", plan)
     assert len({step.name for step in found}) == len(found)
     for step in found:
         for command in step.commands:
