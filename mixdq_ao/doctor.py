@@ -146,8 +146,10 @@ def layer_kernels(m: int, n: int, k: int, taps: int = 1, bits: int = 8, arch: in
     except (ValueError, RuntimeError) as error:  # of the size, or of MIXDQ_KERNEL and MIXDQ_TUNING_TABLE
         raise MixDQError(str(error)) from None
     problem = f"m {m}, n {n}, k {k}" + (f" in {taps} taps" if taps > 1 else "") + f", {bits}-bit weight"
-    of_eager = (eager.kernel, eager.splits) if eager else (None, 1)
-    return LayerKernels(problem, arch, choice.kernel, choice.splits, choice.tuned, *of_eager, reasons)
+    return LayerKernels(
+        problem, arch, choice.kernel, choice.splits, choice.tuned,
+        eager=eager and eager.kernel, eager_splits=eager.splits if eager else 1, reasons=reasons,
+    )  # fmt: skip
 
 
 def parse_layer(text: str) -> tuple[int, ...]:
