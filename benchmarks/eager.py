@@ -3,7 +3,7 @@
     python benchmarks/eager.py --out eager.json
 
 Hosts are noisy, by a factor over minutes. So calls of fp16 and of W8A8 take turns, and what counts is the median of the
-ratios of neighbours.
+ratios of neighbours; half of all ratios lie between the quartiles that are shown with it.
 """
 
 import contextlib
@@ -70,17 +70,18 @@ def host_us(layer: nn.Module, x: Tensor) -> float:
     return 1e6 * seconds / MODULE_CALLS
 
 
-def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each, and of how often W8A8 goes into fp16 of the same round. Who begins alternates."""
+def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict:
+    """The median of each, and with quartiles that of fp16's over W8A8's of the same round. Who begins alternates."""
     times = {name: [] for name in calls}
     for i in range(rounds):
         for name in sorted(calls, reverse=i % 2 == 1):
             times[name].append(calls[name]())
     ratios = [a / b for a, b in zip(times[FLOAT], times[OURS], strict=True)]
-    return {name: statistics.median(t) for name, t in times.items()} | {"ratio": statistics.median(ratios)}
+    low, ratio, high = statistics.quantiles(ratios, method="inclusive")
+    return {name: statistics.median(t) for name, t in times.items()} | {"ratio": ratio, "quartiles": [low, high]}
 
 
-def unets(rounds: int, layers: int | None) -> dict[str, float]:
+def unets(rounds: int, layers: int | None) -> dict:
     """Milliseconds of a call until the GPU is done."""
     device = torch.device("cuda")
     with contextlib.ExitStack() as stack:
@@ -95,16 +96,21 @@ def show(console: Console, found: dict) -> None:
     table = Table("eager calls, batch 1", FLOAT, OURS, "over fp16", title="Time of the host")
     for column in table.columns[1:]:
         column.justify = "right"
+
+    def add(name: str, times: dict, unit: str) -> None:
+        low, high = times["quartiles"]
+        spread = f"{times['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+        table.add_row(name, *(f"{times[v]:.1f} {unit}" for v in (FLOAT, OURS)), spread)
+
     for name, times in found["layers"].items():
-        table.add_row(name, *(f"{times[v]:.1f} us" for v in (FLOAT, OURS)), f"{times['ratio']:.2f}x")
-    times = found["unet"]
-    table.add_row("SDXL's UNet, 512 px", *(f"{times[v]:.1f} ms" for v in (FLOAT, OURS)), f"{times['ratio']:.2f}x")
+        add(name, times, "us")
+    add("SDXL's UNet, 512 px", found["unet"], "ms")
     console.print(table)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")],
-    rounds: Annotated[int, typer.Option(min=2, help="Calls of each UNet; half as many rounds for each layer.")] = 40,
+    rounds: Annotated[int, typer.Option(min=2, help="Calls of each UNet; half as many rounds for each layer.")] = 100,
     unet_layers: Annotated[
         int | None, typer.Option(min=1, help="Transformer layers of each block of the UNet; all without.")
     ] = None,

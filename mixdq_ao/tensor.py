@@ -463,11 +463,16 @@ def _run(layer, x, w, bias, *args) -> Tensor:
 
 
 def _linear(input, weight, bias=None):
-    return _run(layers.linear, input, weight, bias)
+    # Without _run() in between, where nothing can want a gradient: eager calls on a GPU wait for the host.
+    if torch.is_grad_enabled() or not isinstance(weight, MixDQTensor):
+        return _run(layers.linear, input, weight, bias)
+    return layers.linear(input, weight, bias)
 
 
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    return _run(layers.conv2d, input, weight, bias, stride, padding, dilation, groups)
+    if torch.is_grad_enabled() or not isinstance(weight, MixDQTensor):
+        return _run(layers.conv2d, input, weight, bias, stride, padding, dilation, groups)
+    return layers.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 _LAYERS = {F.linear: _linear, F.conv2d: _conv2d}
