@@ -125,7 +125,7 @@ def steps(out: Path, gpus: int, scratch: Path, plan: Path | None = None) -> list
         Step("sanitize", "compute-sanitizer", 400, checkers, together=True),
         Step("unets", "SDXL's UNet, small and large", 500, unets, together=True),
         Step("more-unets", "SDXL's UNet between them", 400, [unet(1024, 1), unet(512, 8)], together=True),
-        Step("eager", "calls for which the host's time counts", 120, [eager]),
+        Step("eager", "calls for which the host's time counts", 200, [eager]),
         Step("older", "SDXL's UNet with the kernels of older GPUs", 240, [older]),
         Step("starts", "how long compiling takes", 500, starts),
         Step("sensitivity", "SDXL's sensitivity", 180, [sensitivity, *([processes] if gpus > 1 else [])]),
